@@ -1,0 +1,104 @@
+// The extension: addresses, sizes and strides in, status out. No torch headers, so one build serves every torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "tokens.h"
+
+namespace py = pybind11;
+using idlevit::Branch;
+using idlevit::DType;
+using idlevit::int64_t;
+using idlevit::Norm;
+using idlevit::Shape;
+using idlevit::Tokens;
+using Address = std::uintptr_t;
+
+namespace {
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+const int64_t* indices_at(Address address) { return static_cast<const int64_t*>(at(address)); }
+int64_t* indices_out(Address address) { return static_cast<int64_t*>(at(address)); }
+
+// A strided [B, T, C] tensor: address, batch stride, token stride.
+#define TOKENS Address x, int64_t x_batch, int64_t x_token
+#define SHAPE int dtype, int64_t B, int64_t T, int64_t n, int64_t C
+#define NORM Address weight, Address bias, double eps
+#define BRANCH Address branch, Address gamma, double scale
+
+Shape shape(int64_t B, int64_t T, int64_t n, int64_t C) { return {B, T, n, C}; }
+
+template <typename... Args>
+int run(idlevit::Status (*kernel)(Args...), Args... args) {
+    py::gil_scoped_release release;
+    return static_cast<int>(kernel(args...));
+}
+
+int cpu_token_scores(SHAPE, TOKENS, Address direction, NORM, Address scores, int threads) {
+    return run<DType, Shape, Tokens, const void*, Norm, void*, int>(
+        idlevit::cpu::kernels().token_scores, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{at(x), x_batch, x_token}, at(direction), Norm{at(weight), at(bias), eps}, at(scores), threads);
+}
+
+int cpu_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, int threads) {
+    return run<DType, Shape, int64_t, const void*, int64_t*, int>(
+        idlevit::cpu::kernels().select_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix, at(scores),
+        indices_out(indices), threads);
+}
+
+int cpu_select_gather_norm(SHAPE, int64_t prefix, TOKENS, Address scores, NORM, Address indices, Address normed,
+                           int threads) {
+    return run<DType, Shape, int64_t, Tokens, const void*, Norm, int64_t*, void*, int>(
+        idlevit::cpu::kernels().select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
+        Tokens{at(x), x_batch, x_token}, at(scores), Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
+        threads);
+}
+
+int cpu_gather_tokens(SHAPE, TOKENS, Address indices, Address out, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, void*, int>(
+        idlevit::cpu::kernels().gather_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{at(x), x_batch, x_token}, indices_at(indices), at(out), threads);
+}
+
+int cpu_gather_add_norm(SHAPE, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, Branch, Norm, void*, void*, int>(
+        idlevit::cpu::kernels().gather_add_norm, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{at(x), x_batch, x_token}, indices_at(indices), Branch{at(branch), at(gamma), scale},
+        Norm{at(weight), at(bias), eps}, at(tokens), at(normed), threads);
+}
+
+int cpu_scatter_tokens(SHAPE, TOKENS, Address indices, Address tokens, BRANCH, Address out, int64_t out_batch,
+                       int64_t out_token, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, const void*, Branch, void*, int64_t, int64_t, int>(
+        idlevit::cpu::kernels().scatter_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{at(x), x_batch, x_token}, indices_at(indices), at(tokens), Branch{at(branch), at(gamma), scale}, at(out),
+        out_batch, out_token, threads);
+}
+
+std::vector<std::string> cpu_instruction_sets() {
+    std::vector<std::string> names;
+    for (int i = 0; const auto* table = idlevit::cpu::available(i); ++i) names.emplace_back(table->name);
+    return names;
+}
+
+void cpu_set_instruction_set(const std::string& name) {
+    if (!idlevit::cpu::set_instruction_set(name.c_str()))
+        throw py::value_error("instruction set: expected one that cpu_instruction_sets() lists, got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("MAX_CHANNELS") = idlevit::kMaxChannels;
+    m.def("cpu_token_scores", &cpu_token_scores);
+    m.def("cpu_select_tokens", &cpu_select_tokens);
+    m.def("cpu_select_gather_norm", &cpu_select_gather_norm);
+    m.def("cpu_gather_tokens", &cpu_gather_tokens);
+    m.def("cpu_gather_add_norm", &cpu_gather_add_norm);
+    m.def("cpu_scatter_tokens", &cpu_scatter_tokens);
+    m.def("cpu_instruction_sets", &cpu_instruction_sets);
+    m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
+    m.def("cpu_set_instruction_set", &cpu_set_instruction_set);
+}

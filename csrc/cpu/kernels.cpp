@@ -1,0 +1,20 @@
+// Compiled once per instruction set: CMake sets IDLEVIT_ISA and the compiler's flags.
+#include "gather.h"
+#include "scatter.h"
+#include "score.h"
+#include "select.h"
+
+#define IDLEVIT_CONCAT(a, b) a##b
+#define IDLEVIT_NAME(prefix, isa) IDLEVIT_CONCAT(prefix, isa)
+#define IDLEVIT_QUOTE(x) IDLEVIT_STRING(x)
+
+namespace idlevit::cpu {
+
+extern const Kernels IDLEVIT_NAME(kernels_, IDLEVIT_ISA);
+const Kernels IDLEVIT_NAME(kernels_, IDLEVIT_ISA) = {
+    IDLEVIT_QUOTE(IDLEVIT_ISA),      IDLEVIT_ISA::token_scores,  IDLEVIT_ISA::select_tokens,
+    IDLEVIT_ISA::select_gather_norm, IDLEVIT_ISA::gather_tokens, IDLEVIT_ISA::gather_add_norm,
+    IDLEVIT_ISA::scatter_tokens,
+};
+
+}  // namespace idlevit::cpu

@@ -1,0 +1,87 @@
+#pragma once
+
+#include "rows.h"
+
+namespace idlevit::cpu::IDLEVIT_ISA {
+
+// A score as an unsigned integer of the same order: NaN is 0, the smallest; adding zero makes -0 equal to +0.
+inline std::uint32_t order_key(float score) {
+    const std::uint32_t bits = float_to_bits(score + 0.0f);
+    const std::uint32_t flip = (bits >> 31) ? 0xFFFFFFFFu : 0x80000000u;
+    return score != score ? 0u : bits ^ flip;
+}
+
+inline std::uint64_t order_key(double score) {
+    const double value = score + 0.0;
+    std::uint64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const std::uint64_t flip = (bits >> 63) ? ~std::uint64_t{0} : std::uint64_t{1} << 63;
+    return score != score ? 0u : bits ^ flip;
+}
+
+// The `keep` largest of N scores. The keep-th largest key is built bit by bit, highest first: a bit stays if at least
+// `keep` keys are no smaller. That needs no sort and no memory. Then one pass writes the indices in order.
+template <typename A>
+inline void select_image(const A* scores, int64_t N, int64_t keep, int64_t prefix, int64_t* out) {
+    using Key = decltype(order_key(A{}));
+    Key threshold = 0;
+    int64_t above = 0;  // keys larger than the final threshold
+    for (int bit = 8 * static_cast<int>(sizeof(Key)) - 1; bit >= 0; --bit) {
+        const Key candidate = threshold | (Key{1} << bit);
+        std::int32_t count = 0;
+        IDLEVIT_SIMD_SUM(count)
+        for (int64_t j = 0; j < N; ++j) count += order_key(scores[j]) >= candidate ? 1 : 0;
+        if (count >= keep)
+            threshold = candidate;
+        else
+            above = count;
+    }
+    int64_t ties = keep - above;
+    for (int64_t p = 0; p < prefix; ++p) *out++ = p;
+    for (int64_t j = 0; j < N; ++j) {
+        const Key key = order_key(scores[j]);
+        const bool tie = key == threshold && ties > 0;
+        if (key > threshold || tie) *out++ = prefix + j;
+        ties -= tie;
+    }
+}
+
+template <typename A>
+inline void select_row(const A* scores, const Shape& s, int64_t prefix, int64_t b, int64_t* indices) {
+    select_image(scores + b * s.T + prefix, s.T - prefix, s.n - prefix, prefix, indices + b * s.n);
+}
+
+inline Status select_tokens(DType dtype, Shape s, int64_t prefix, const void* scores, int64_t* indices, int threads) {
+    if (dtype != DType::f32 && dtype != DType::f64) return Status::bad_dtype;
+    return with_dtype(dtype, [&](auto element) {
+        using A = acc_t<decltype(element)>;
+#pragma omp parallel for schedule(static) num_threads(threads) if (s.B * s.T >= kSerialElements / 32)
+        for (int64_t b = 0; b < s.B; ++b) select_row(static_cast<const A*>(scores), s, prefix, b, indices);
+        return Status::ok;
+    });
+}
+
+inline Status select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x, const void* scores, Norm norm,
+                                 int64_t* indices, void* normed, int threads) {
+    return with_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        using A = acc_t<T>;
+        [[maybe_unused]] const bool serial = s.B * s.n * s.C < kSerialElements;
+#pragma omp parallel num_threads(threads) if (!serial)
+        {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < s.B; ++b) select_row(static_cast<const A*>(scores), s, prefix, b, indices);
+            A in[kBuffer<T>], out[kBuffer<T>];
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < s.B * s.n; ++row) {
+                T* target = static_cast<T*>(normed) + row * s.C;
+                A* values = staging(target, out);
+                normalize(widen(token_row<T>(x, row / s.n, indices[row]), in, s.C), norm, values, s.C);
+                narrow(values, target, s.C);
+            }
+        }
+        return Status::ok;
+    });
+}
+
+}  // namespace idlevit::cpu::IDLEVIT_ISA

@@ -1,0 +1,97 @@
+// Every kernel of this package, on raw pointers: no framework types, no allocation, no Python.
+//
+// Notation: B images, T tokens (P prefix tokens first, then N = T - P image tokens), C channels,
+// K kept image tokens, n = P + K. Strides count elements; channels are always contiguous.
+// `accumulate type`: float for f32, f16 and bf16; double for f64. Parameters (norm weight and bias,
+// layer scale, direction) and scores have the accumulate type, tokens have `dtype`.
+// `indices` is int64 [B, n], strictly ascending in each image, every value in [0, T).
+#pragma once
+
+#include <cstdint>
+
+namespace idlevit {
+
+using std::int64_t;
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+enum class Status : int {
+    ok = 0,
+    bad_indices = 1,  // an index is outside [0, T), or the indices of an image are not strictly ascending
+    bad_dtype = 2,
+};
+
+// The widest row a kernel converts in its stack buffers.
+constexpr int64_t kMaxChannels = 8192;
+
+// x: [B, T, C] with strides (batch, token, 1).
+struct Tokens {
+    const void* data;
+    int64_t batch_stride;
+    int64_t token_stride;
+};
+
+// LayerNorm over the C channels; weight and bias are [C] or null.
+struct Norm {
+    const void* weight;
+    const void* bias;
+    double eps;
+};
+
+// A residual branch, contiguous [B, n, C]: adds scale * gamma * data; gamma is [C] or null; data may be null.
+struct Branch {
+    const void* data;
+    const void* gamma;
+    double scale;
+};
+
+struct Shape {
+    int64_t B, T, n, C;
+};
+
+namespace cpu {
+
+// One table of kernels per instruction set; each entry uses at most `threads` OpenMP threads.
+struct Kernels {
+    const char* name;
+
+    // scores[b, t] = LN(x[b, t]) . direction[b];  direction: [B, C], scores: [B, T], both accumulate type.
+    Status (*token_scores)(DType dtype, Shape shape, Tokens x, const void* direction, Norm norm, void* scores,
+                           int threads);
+
+    // indices[b] = 0..P-1, then the n - P image tokens of image b with the largest scores, ascending.
+    // Equal scores go to the lower index (-0 equals +0), NaN ranks below -inf. scores: contiguous [B, T];
+    // dtype is the scores' own: f32 or f64.
+    Status (*select_tokens)(DType dtype, Shape shape, int64_t prefix, const void* scores, int64_t* indices,
+                            int threads);
+
+    // select_tokens, then normed[b, i] = LN(x[b, indices[b, i]]), contiguous [B, n, C].
+    Status (*select_gather_norm)(DType dtype, Shape shape, int64_t prefix, Tokens x, const void* scores, Norm norm,
+                                 int64_t* indices, void* normed, int threads);
+
+    // out[b, i] = x[b, indices[b, i]], contiguous [B, n, C].
+    Status (*gather_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* indices, void* out, int threads);
+
+    // tokens[b, i] = x[b, indices[b, i]] + branch[b, i];  normed = LN(tokens); both contiguous [B, n, C].
+    Status (*gather_add_norm)(DType dtype, Shape shape, Tokens x, const int64_t* indices, Branch branch, Norm norm,
+                              void* tokens, void* normed, int threads);
+
+    // out[b, indices[b, i]] = tokens[b, i] + branch[b, i]; tokens is contiguous [B, n, C]. Every other row of out
+    // is the row of x, or zero where x.data is null, or left alone where x.data is out. out: [B, T, C] with
+    // strides (out_batch_stride, out_token_stride, 1). Nothing is written when the indices are bad.
+    Status (*scatter_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* indices, const void* tokens,
+                             Branch branch, void* out, int64_t out_batch_stride, int64_t out_token_stride,
+                             int threads);
+};
+
+// The best table this processor runs, or the one set_instruction_set chose.
+const Kernels& kernels();
+
+// Chooses a table by name; false if there is no such table or this processor cannot run it.
+bool set_instruction_set(const char* name);
+
+// The i-th table this processor runs, best last; null past the end.
+const Kernels* available(int i);
+
+}  // namespace cpu
+}  // namespace idlevit

@@ -1,0 +1,50 @@
+"""IdleViT: Vision Transformers whose tokens idle instead of being dropped, with fused kernels (arXiv 2310.05654)."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .backends import use_backend
+from .block import IdleBlock, idle_block
+from .complexity import MacReport, count_macs
+from .errors import BackendError
+from .functional import (
+    expand_tokens,
+    gather_add_norm,
+    gather_tokens,
+    scatter_add_tokens,
+    scatter_add_tokens_,
+    scatter_tokens,
+    scatter_tokens_,
+    select_gather_norm,
+    select_tokens,
+    token_scores,
+)
+from .models import apply_idle, idle_blocks, remove_idle
+from .schedule import idle_schedule
+
+try:
+    __version__ = version("idlevit-kernels")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendError",
+    "IdleBlock",
+    "MacReport",
+    "apply_idle",
+    "count_macs",
+    "expand_tokens",
+    "gather_add_norm",
+    "gather_tokens",
+    "idle_block",
+    "idle_blocks",
+    "idle_schedule",
+    "remove_idle",
+    "scatter_add_tokens",
+    "scatter_add_tokens_",
+    "scatter_tokens",
+    "scatter_tokens_",
+    "select_gather_norm",
+    "select_tokens",
+    "token_scores",
+    "use_backend",
+]

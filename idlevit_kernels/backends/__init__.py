@@ -1,0 +1,91 @@
+"""Which backend runs an op: a named one or, for "auto", the first that can.
+
+A backend is a module with one function an op, named and called like the op, and ``reasons(op, args) -> list[str]``:
+every reason why it cannot run this call, empty if it can. ``installed() -> list[str]`` says the same of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import env
+from ..errors import BackendError, describe, value_error
+
+_logger = logging.getLogger("idlevit_kernels")
+
+# The order in which "auto" tries them; "reference" runs everywhere.
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+_PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+
+
+def check_name(backend: str, where: str = "backend") -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        raise value_error(where, "the name", f"one of {['auto', *BACKENDS]}", backend)
+    return backend
+
+
+_current = contextvars.ContextVar(
+    "idlevit_backend", default=check_name(env.get("IDLEVIT_BACKEND", "auto"), "IDLEVIT_BACKEND")
+)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the context, ops that are not given a backend use this one. Each thread and task has its own choice.
+
+    Args:
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is none of these. That the backend cannot run a call shows at the call (BackendError).
+    """
+    token = _current.set(check_name(backend, "use_backend"))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def resolve(backend: str) -> str:
+    """The backend a call asks for: its own argument, else that of ``use_backend`` or IDLEVIT_BACKEND."""
+    return _current.get() if backend == "auto" else check_name(backend)
+
+
+@functools.cache
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __name__)
+
+
+def kernel(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function that runs this call of the op. Raises BackendError if a named backend cannot."""
+    if backend != "auto":
+        chosen = module(check_name(backend))
+        reasons = chosen.reasons(op, args)
+        if reasons:
+            raise BackendError(op, _call(args), {backend: reasons})
+        return getattr(chosen, op)
+    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+    for name in _PREFERENCE.get(device, ("reference",)):
+        reasons = module(name).reasons(op, args)
+        if not reasons:
+            return getattr(module(name), op)
+        _log_fallback(op, name, tuple(reasons))
+    raise AssertionError("the reference backend runs every call")
+
+
+def _call(args: tuple[Any, ...]) -> str:
+    return ", ".join(describe(a) for a in args)
+
+
+@functools.cache  # once per op and cause
+def _log_fallback(op: str, name: str, reasons: tuple[str, ...]) -> None:
+    _logger.warning("%s: backend %r not used: %s", op, name, "; ".join(reasons))

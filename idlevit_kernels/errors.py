@@ -1,0 +1,38 @@
+"""The errors of this package. Each message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class BackendError(RuntimeError):
+    """No backend that was asked for can run the call. ``reasons`` maps each candidate to all of its reasons."""
+
+    def __init__(self, op: str, call: str, reasons: Mapping[str, Sequence[str]]):
+        self.op = op
+        self.reasons = {name: list(lines) for name, lines in reasons.items()}
+        lines = [f"{op}: no usable backend for {call}"]
+        for name, why in self.reasons.items():
+            lines.append(f"  backend {name!r} cannot run it:")
+            lines.extend(f"    - {line}" for line in why)
+        lines.append("  Use backend='auto' to fall back to one that can; `idlevit info` shows what is installed.")
+        super().__init__("\n".join(lines))
+
+
+def describe(value: Any) -> str:
+    """A tensor as ``float32[2, 197, 384] on cpu``; anything else as its repr."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def value_error(op: str, argument: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"{op}: {argument} must be {expected}, got {describe(got)}")
+
+
+def type_error(op: str, argument: str, expected: str, got: Any) -> TypeError:
+    shown = describe(got) if isinstance(got, torch.Tensor) else f"{type(got).__name__} {got!r}"
+    return TypeError(f"{op}: {argument} must be {expected}, got {shown}")

@@ -1,0 +1,384 @@
+"""The public ops: documentation and argument checks around ``ops``.
+
+Shapes: B images, T tokens of which the first P are prefix tokens (class, distillation, registers) and N = T - P are
+image tokens, C channels, K kept image tokens, n = P + K. Tokens are float32, float16, bfloat16 or float64; scores,
+softmax and norm statistics accumulate in float32 (float64 for float64). Every op takes ``backend``: "auto",
+"reference", "cpu", "triton" or "cuda", and raises ``BackendError`` with all reasons if a named one cannot run the call.
+Index values are checked on the CPU (ValueError); on a GPU that would wait for the device, so there they are not.
+The method is IdleViT, arXiv 2310.05654, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import resolve
+from .errors import type_error, value_error
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(op: str, argument: str, value: Tensor, shape: str, dims: tuple[int | None, ...]) -> None:
+    """A float tensor of this many dimensions; ``dims`` gives the sizes that are known, None where any will do."""
+    if not isinstance(value, Tensor):
+        raise type_error(op, argument, f"a tensor {shape}", value)
+    if value.dtype not in _FLOATS:
+        raise type_error(op, argument, f"a float tensor {shape} (float32, float16, bfloat16 or float64)", value)
+    if value.dim() != len(dims) or any(d is not None and d != s for d, s in zip(dims, value.shape, strict=True)):
+        sizes = ", ".join("any" if d is None else str(d) for d in dims)
+        raise value_error(op, argument, f"{shape} = [{sizes}]", value)
+
+
+def _check_parameter(op: str, argument: str, value: Tensor | None, x: Tensor) -> None:
+    if value is not None:
+        check_tensor(op, argument, value, "[C]", (x.shape[2],))
+        _check_device(op, argument, value, x)
+
+
+def _check_device(op: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise value_error(op, argument, f"on {x.device}, where x is", value)
+
+
+def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    _check_parameter(op, "norm_weight", weight, x)
+    _check_parameter(op, "norm_bias", bias, x)
+    if not eps > 0:
+        raise value_error(op, "eps", "a number > 0", eps)
+
+
+def check_counts(op: str, num_tokens: int, num_keep: int, num_prefix_tokens: int) -> None:
+    for argument, value in (("num_keep", num_keep), ("num_prefix_tokens", num_prefix_tokens)):
+        if isinstance(value, (bool, float, str)) or value is None:
+            raise type_error(op, argument, "an integer", value)
+    if not 0 <= num_prefix_tokens < num_tokens:
+        raise value_error(op, "num_prefix_tokens", f"in [0, T) with T = {num_tokens} tokens", num_prefix_tokens)
+    image_tokens = num_tokens - num_prefix_tokens
+    if not 1 <= num_keep <= image_tokens:
+        raise value_error(op, "num_keep", f"in [1, N] with N = T - num_prefix_tokens = {image_tokens}", num_keep)
+
+
+def _check_indices(op: str, indices: Tensor, batch: int, num_tokens: int, x: Tensor) -> None:
+    if not isinstance(indices, Tensor):
+        raise type_error(op, "indices", "an int64 tensor [B, n]", indices)
+    if indices.dtype != torch.int64:
+        raise type_error(op, "indices", "an int64 tensor [B, n]", indices)
+    if indices.dim() != 2 or indices.shape[0] != batch or indices.shape[1] > num_tokens:
+        raise value_error(op, "indices", f"[B, n] with B = {batch} and n <= T = {num_tokens}", indices)
+    _check_device(op, "indices", indices, x)
+
+
+def _check_compact(op: str, argument: str, value: Tensor, x: Tensor, indices: Tensor) -> None:
+    check_tensor(op, argument, value, "[B, n, C]", (indices.shape[0], indices.shape[1], x.shape[2]))
+    _check_device(op, argument, value, x)
+
+
+def _check_same_dtype(op: str, argument: str, value: Tensor, x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise type_error(op, argument, f"of the dtype of x, {x.dtype}", value)
+
+
+def token_scores(
+    x: Tensor,
+    direction: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Scores every token by one dot product with its image's direction, LayerNorm included, in one pass over x.
+
+    With ``direction`` = W_k^T (W_q LN(x)[:, 0] + b_q) this ranks tokens exactly as the class token's attention logits,
+    averaged over heads, do (arXiv 2310.05654, section 3.2): the sum over heads of per-head dot products is one dot
+    product over all channels.
+
+    Equivalent PyTorch: ``torch.einsum("btc,bc->bt", F.layer_norm(x, [C], norm_weight, norm_bias, eps), direction)``.
+
+    Args:
+        x: tokens [B, T, C]; channels of any stride, a copy is made if they are not contiguous.
+        direction: [B, C].
+        norm_weight, norm_bias: [C] or None, the block's first LayerNorm.
+        eps: of the LayerNorm, > 0.
+
+    Returns:
+        [B, T] float32 (float64 if x is float64). Differentiable once in x, direction, norm_weight, norm_bias.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or eps that does not fit.
+        BackendError: a named backend cannot run the call.
+    """
+    check_tensor("token_scores", "x", x, "[B, T, C]", (None, None, None))
+    check_tensor("token_scores", "direction", direction, "[B, C]", (x.shape[0], x.shape[2]))
+    _check_device("token_scores", "direction", direction, x)
+    _check_norm("token_scores", x, norm_weight, norm_bias, eps)
+    return ops.token_scores(x, direction, norm_weight, norm_bias, eps, backend=resolve(backend))
+
+
+def select_tokens(scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, *, backend: str = "auto") -> Tensor:
+    """The prefix tokens and, of each image, the ``num_keep`` image tokens with the largest scores, in token order.
+
+    Equal scores go to the lower index (-0 equals +0) and NaN ranks below -inf, so the result is the same on every
+    backend and from run to run.
+
+    Equivalent PyTorch: prefix indices, then ``scores[:, P:].topk(num_keep).indices.sort().values + P`` (with the
+    rules above, which topk does not promise).
+
+    Args:
+        scores: [B, T], any float type. The scores of prefix tokens are not read.
+        num_keep: K, 1 <= K <= T - num_prefix_tokens.
+        num_prefix_tokens: P, 0 <= P < T.
+
+    Returns:
+        [B, P + K] int64, strictly ascending in each image. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or count that does not fit.
+        BackendError: a named backend cannot run the call.
+    """
+    check_tensor("select_tokens", "scores", scores, "[B, T]", (None, None))
+    check_counts("select_tokens", scores.shape[1], num_keep, num_prefix_tokens)
+    return ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=resolve(backend))
+
+
+def select_gather_norm(
+    x: Tensor,
+    scores: Tensor,
+    num_keep: int,
+    num_prefix_tokens: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``select_tokens``, then LayerNorm of the kept tokens only, in a compact buffer.
+
+    Equivalent PyTorch: ``indices = select_tokens(scores, K, P)``;
+    ``F.layer_norm(gather_tokens(x, indices), [C], norm_weight, norm_bias, eps)``.
+
+    Args:
+        x: [B, T, C].
+        scores: [B, T], any float type.
+        num_keep, num_prefix_tokens: as in ``select_tokens``.
+        norm_weight, norm_bias, eps: as in ``token_scores``.
+
+    Returns:
+        indices [B, n] int64 and LN(x[indices]) [B, n, C] of the dtype of x. Differentiable once in x and the norm.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device, count or eps that does not fit.
+        BackendError: a named backend cannot run the call.
+    """
+    op = "select_gather_norm"
+    check_tensor(op, "x", x, "[B, T, C]", (None, None, None))
+    check_tensor(op, "scores", scores, "[B, T]", (x.shape[0], x.shape[1]))
+    _check_device(op, "scores", scores, x)
+    check_counts(op, x.shape[1], num_keep, num_prefix_tokens)
+    _check_norm(op, x, norm_weight, norm_bias, eps)
+    return ops.select_gather_norm(
+        x, scores, num_keep, num_prefix_tokens, norm_weight, norm_bias, eps, backend=resolve(backend)
+    )
+
+
+def gather_tokens(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tensor:
+    """The tokens at the indices, in a compact buffer.
+
+    Equivalent PyTorch: ``x.gather(1, indices[..., None].expand(-1, -1, C))``.
+
+    Args:
+        x: [B, T, C].
+        indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+
+    Returns:
+        [B, n, C]. Differentiable in x any number of times; the backward of gather is ``expand_tokens``.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit; indices out of range or not ascending (CPU).
+        BackendError: a named backend cannot run the call.
+    """
+    check_tensor("gather_tokens", "x", x, "[B, T, C]", (None, None, None))
+    _check_indices("gather_tokens", indices, x.shape[0], x.shape[1], x)
+    return ops.gather_tokens(x, indices, backend=resolve(backend))
+
+
+def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
+    """x with the tokens at the indices replaced; all other rows equal those of x bit for bit.
+
+    Equivalent PyTorch: ``x.scatter(1, indices[..., None].expand(-1, -1, C), tokens)``.
+
+    Args:
+        x: [B, T, C].
+        indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+        tokens: [B, n, C], dtype of x.
+
+    Returns:
+        A new tensor [B, T, C]. Differentiable in x and tokens any number of times.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit; indices out of range or not ascending (CPU).
+        BackendError: a named backend cannot run the call.
+    """
+    _check_scatter("scatter_tokens", x, indices, tokens)
+    return ops.scatter_tokens(x, indices, tokens, backend=resolve(backend))
+
+
+def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
+    """``scatter_tokens`` in place: writes the tokens into x and returns x. Nothing is written if the call raises.
+
+    Equivalent PyTorch: ``x.scatter_(1, indices[..., None].expand(-1, -1, C), tokens)``.
+
+    Everything that shares memory with x changes too: do not use it on a tensor that a feature extractor holds.
+    Arguments and errors as in ``scatter_tokens``; x must not overlap itself (an expanded tensor does).
+    """
+    op = "scatter_tokens_"
+    _check_scatter(op, x, indices, tokens)
+    _check_writable(op, x)
+    if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
+        return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend)))
+    ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend))
+    return x
+
+
+def _check_scatter(op: str, x: Tensor, indices: Tensor, tokens: Tensor) -> None:
+    check_tensor(op, "x", x, "[B, T, C]", (None, None, None))
+    _check_indices(op, indices, x.shape[0], x.shape[1], x)
+    _check_compact(op, "tokens", tokens, x, indices)
+    _check_same_dtype(op, "tokens", tokens, x)
+
+
+def _check_writable(op: str, x: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        raise value_error(op, "x", "a tensor whose elements do not share memory (call .contiguous() first)", x)
+
+
+def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: str = "auto") -> Tensor:
+    """The tokens at their places among ``num_tokens`` rows, zero elsewhere: the backward of ``gather_tokens``.
+
+    Equivalent PyTorch: ``torch.zeros(B, T, C).scatter(1, indices[..., None].expand(-1, -1, C), tokens)``.
+
+    Args:
+        tokens: [B, n, C].
+        indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+        num_tokens: T >= n.
+
+    Returns:
+        [B, T, C]. Differentiable in tokens any number of times.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit; indices out of range or not ascending (CPU).
+        BackendError: a named backend cannot run the call.
+    """
+    check_tensor("expand_tokens", "tokens", tokens, "[B, n, C]", (None, None, None))
+    _check_indices("expand_tokens", indices, tokens.shape[0], num_tokens, tokens)
+    _check_compact("expand_tokens", "tokens", tokens, tokens, indices)
+    return ops.expand_tokens(tokens, indices, num_tokens, backend=resolve(backend))
+
+
+def gather_add_norm(
+    x: Tensor,
+    indices: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The kept tokens plus their attention branch, and LayerNorm of that sum, in one pass.
+
+    Equivalent PyTorch: ``tokens = gather_tokens(x, indices) + scale * gamma * branch``;
+    ``normed = F.layer_norm(tokens, [C], norm_weight, norm_bias, eps)``.
+
+    Args:
+        x: [B, T, C].
+        indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+        branch: [B, n, C], any float type (autocast makes it a half type).
+        gamma: LayerScale [C] or None for 1.
+        scale: a factor of the branch; 1 in most models, 1/skip_lam in LV-ViT.
+        norm_weight, norm_bias, eps: the block's second LayerNorm, as in ``token_scores``.
+
+    Returns:
+        tokens and normed, both [B, n, C] of the dtype of x. Differentiable once in x, branch, gamma and the norm.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or eps that does not fit; indices out of range (CPU).
+        BackendError: a named backend cannot run the call.
+    """
+    op = "gather_add_norm"
+    check_tensor(op, "x", x, "[B, T, C]", (None, None, None))
+    _check_indices(op, indices, x.shape[0], x.shape[1], x)
+    _check_compact(op, "branch", branch, x, indices)
+    _check_parameter(op, "gamma", gamma, x)
+    _check_norm(op, x, norm_weight, norm_bias, eps)
+    return ops.gather_add_norm(
+        x, indices, branch, gamma, float(scale), norm_weight, norm_bias, eps, backend=resolve(backend)
+    )
+
+
+def scatter_add_tokens(
+    x: Tensor,
+    indices: Tensor,
+    tokens: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """x with the rows at the indices replaced by tokens plus their MLP branch; all other rows bit for bit those of x.
+
+    Equivalent PyTorch: ``scatter_tokens(x, indices, tokens + scale * gamma * branch)``.
+
+    Args:
+        x: [B, T, C].
+        indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+        tokens: [B, n, C], dtype of x.
+        branch: [B, n, C], any float type (autocast makes it a half type).
+        gamma: LayerScale [C] or None for 1.
+        scale: a factor of the branch; 1 in most models, 1/skip_lam in LV-ViT.
+
+    Returns:
+        A new tensor [B, T, C]. Differentiable once in x, tokens, branch and gamma.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit; indices out of range (CPU).
+        BackendError: a named backend cannot run the call.
+    """
+    op = "scatter_add_tokens"
+    _check_scatter(op, x, indices, tokens)
+    _check_compact(op, "branch", branch, x, indices)
+    _check_parameter(op, "gamma", gamma, x)
+    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, float(scale), backend=resolve(backend))
+
+
+def scatter_add_tokens_(
+    x: Tensor,
+    indices: Tensor,
+    tokens: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``scatter_add_tokens`` in place: writes into x and returns x. Nothing is written if the call raises.
+
+    Equivalent PyTorch: ``scatter_tokens_(x, indices, tokens + scale * gamma * branch)``. Arguments and errors as in
+    ``scatter_add_tokens``; x must not overlap itself.
+    """
+    op = "scatter_add_tokens_"
+    _check_scatter(op, x, indices, tokens)
+    _check_compact(op, "branch", branch, x, indices)
+    _check_parameter(op, "gamma", gamma, x)
+    _check_writable(op, x)
+    arguments = (x, indices, tokens, branch, gamma, float(scale))
+    differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
+        return x.copy_(ops.scatter_add_tokens(*arguments, backend=resolve(backend)))
+    ops.scatter_add_tokens_(*arguments, backend=resolve(backend))
+    return x

@@ -1,0 +1,99 @@
+"""``apply_idle`` and ``remove_idle`` for every model family that a module here describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from ..block import IdleBlock
+from ..errors import type_error, value_error
+from ..schedule import check_ratio, check_schedule, idle_schedule
+from ..scoring import check_scorer
+from . import vit
+
+Model = TypeVar("Model", bound=nn.Module)
+
+FAMILIES = (vit,)
+
+
+def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:
+    """The idle blocks of a model by name, in order; empty for a dense model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, IdleBlock)}
+
+
+def apply_idle(
+    model: Model, keep_ratio: float | None = None, schedule: Sequence[float] | None = None, scorer: str = "auto"
+) -> Model:
+    """Makes a dense model an IdleViT: swaps its blocks for idle ones, in place, and returns it.
+
+    Weights, state-dict keys and the model's interface stay as they are; ``remove_idle`` undoes it. Layers whose ratio
+    is 1 stay the dense blocks they were. Call it before ``torch.compile``, DistributedDataParallel or FSDP.
+
+    Args:
+        model: a timm VisionTransformer (DeiT, DINOv2, CLIP, ...) or its ``features_only`` form.
+        keep_ratio: r in (0, 1], 0.7 if nothing is given; the layers get ``idle_schedule(depth, r)``.
+        schedule: instead, one ratio for each layer, 1.0 for dense.
+        scorer: "cls", "mean" or "auto": the class token where the model has one, else the column mean.
+
+    Raises:
+        TypeError: the model is of no supported family, or has blocks that cannot idle; the message gives the reason.
+        ValueError: a ratio or schedule that does not fit, or a model that is idle already.
+        The model is unchanged if anything is raised.
+    """
+    family, vit_model = _find(model)
+    if idle_blocks(model):
+        raise value_error("apply_idle", "model", "dense; call remove_idle first", f"a model with {_summary(model)}")
+    blocks = family.blocks(vit_model)
+    if schedule is not None and keep_ratio is not None:
+        raise value_error("apply_idle", "schedule", "None where keep_ratio is given (one of the two)", schedule)
+    if schedule is None:
+        ratio = check_ratio("apply_idle", 0.7 if keep_ratio is None else keep_ratio)
+        schedule = idle_schedule(len(blocks), ratio)
+    ratios = check_schedule("apply_idle", schedule, len(blocks))
+    prefix = family.num_prefix_tokens(vit_model)
+    scorer = check_scorer("apply_idle", family.default_scorer(vit_model) if scorer == "auto" else scorer, prefix)
+    idle = [
+        block if ratio == 1 else IdleBlock(block, ratio, prefix, scorer)
+        for block, ratio in zip(blocks, ratios, strict=True)
+    ]
+    for i, block in enumerate(idle):
+        blocks[i] = block
+    return model
+
+
+def remove_idle(model: Model) -> Model:
+    """Gives every block of an idle model its dense form back, in place, with the present weights; returns the model.
+
+    Raises:
+        ValueError: the model has no idle blocks.
+    """
+    found = idle_blocks(model)
+    if not found:
+        raise value_error("remove_idle", "model", "a model that apply_idle made idle", f"a dense {type(model).__name__}")
+    for name, block in found.items():
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, block.dense_block())
+    return model
+
+
+def _find(model: nn.Module) -> tuple[type(vit), nn.Module]:  # type: ignore[valid-type]
+    if not isinstance(model, nn.Module):
+        raise type_error("apply_idle", "model", "a torch.nn.Module", model)
+    for family in FAMILIES:
+        found = family.find(model)
+        if found is not None:
+            reasons = family.reasons(found)
+            if reasons:
+                raise TypeError(f"apply_idle: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
+            return family, found
+    known = ", ".join(family.NAME for family in FAMILIES)
+    raise TypeError(
+        f"apply_idle: model must be one of: {known}; got {type(model).__module__}.{type(model).__name__}."
+        " For another architecture wrap its pre-norm blocks by hand: IdleBlock(block, keep_ratio, num_prefix_tokens)."
+    )
+
+
+def _summary(model: nn.Module) -> str:
+    return f"{len(idle_blocks(model))} idle blocks"

@@ -1,0 +1,61 @@
+"""timm's VisionTransformer: DeiT, ViT, DeiT-III, DINOv2, CLIP, SigLIP and their kin."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+NAME = "timm VisionTransformer"
+
+_REFUSED = {
+    "ResPostBlock": "it normalises after the branch (post-norm), so a kept token's branch input is not normalised",
+    "ParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
+    "DiffParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
+    "ParallelThingsBlock": "it holds several attentions and MLPs in parallel",
+}
+
+
+def find(model: nn.Module) -> nn.Module | None:
+    """The VisionTransformer in the model (itself, or what ``features_only`` wraps); None if there is none."""
+    timm_vit = sys.modules.get("timm.models.vision_transformer")
+    if timm_vit is None:  # no timm model can exist
+        return None
+    if type(model).__name__ == "FeatureGetterNet":
+        model = model.model  # type: ignore[assignment]
+    return model if isinstance(model, timm_vit.VisionTransformer) else None
+
+
+def blocks(model: Any) -> nn.Sequential:
+    return model.blocks
+
+
+def num_prefix_tokens(model: Any) -> int:
+    return model.num_prefix_tokens
+
+
+def default_scorer(model: Any) -> str:
+    """Registers alone are no class token."""
+    return "cls" if model.has_class_token else "mean"
+
+
+def reasons(model: Any) -> list[str]:
+    """Why this model cannot idle; empty if it can."""
+    from timm.layers import Attention
+    from timm.models.vision_transformer import Block
+
+    from ..block import IdleBlock
+
+    found: dict[str, None] = {}  # ordered, once each
+    for block in blocks(model):
+        name = type(block).__name__
+        if isinstance(block, IdleBlock):
+            continue
+        if name in _REFUSED:
+            found[f"its blocks are {name}: {_REFUSED[name]}"] = None
+        elif type(block).forward is not Block.forward:
+            found[f"its blocks are {name}, whose forward is not that of timm's pre-norm Block"] = None
+        elif type(block.attn).forward is not Attention.forward:
+            found[f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"] = None
+    return list(found)

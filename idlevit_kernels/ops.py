@@ -1,0 +1,274 @@
+"""The torch.library ops, namespace "idlevit": schema, dispatch, fake and autograd, once an op.
+
+Each op runs on the backend that ``backends.kernel`` finds at the call, so a compiled or exported graph holds the op
+and not the choice. ``functional`` has the same names with checked arguments and documentation; the block calls these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .reference.layer_norm import accumulate_dtype
+
+_lib = torch.library.Library("idlevit", "DEF")
+
+
+def _define(schema: str) -> Any:
+    """Defines ``name(arguments) -> result`` with a keyword-only ``backend`` and returns the op."""
+    name, rest = schema.split("(", 1)
+    arguments, result = rest.rsplit(") ->", 1)
+    _lib.define(f"{name}({arguments}, *, str backend='auto') ->{result}", tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args: Any, backend: str = "auto") -> Any:
+        return backends.kernel(name, backend, args)(*args)
+
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.idlevit, name).default
+
+
+token_scores = _define(
+    "token_scores(Tensor x, Tensor direction, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
+)
+select_tokens = _define("select_tokens(Tensor scores, SymInt num_keep, SymInt num_prefix_tokens) -> Tensor")
+select_gather_norm = _define(
+    "select_gather_norm(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix_tokens, Tensor? norm_weight,"
+    " Tensor? norm_bias, float eps) -> (Tensor indices, Tensor normed)"
+)
+gather_tokens = _define("gather_tokens(Tensor x, Tensor indices) -> Tensor")
+scatter_tokens = _define("scatter_tokens(Tensor x, Tensor indices, Tensor tokens) -> Tensor")
+scatter_tokens_ = _define("scatter_tokens_(Tensor(a!) x, Tensor indices, Tensor tokens) -> ()")
+expand_tokens = _define("expand_tokens(Tensor tokens, Tensor indices, SymInt num_tokens) -> Tensor")
+gather_add_norm = _define(
+    "gather_add_norm(Tensor x, Tensor indices, Tensor branch, Tensor? gamma, float scale, Tensor? norm_weight,"
+    " Tensor? norm_bias, float eps) -> (Tensor tokens, Tensor normed)"
+)
+scatter_add_tokens = _define(
+    "scatter_add_tokens(Tensor x, Tensor indices, Tensor tokens, Tensor branch, Tensor? gamma, float scale) -> Tensor"
+)
+scatter_add_tokens_ = _define(
+    "scatter_add_tokens_(Tensor(a!) x, Tensor indices, Tensor tokens, Tensor branch, Tensor? gamma, float scale) -> ()"
+)
+gather_norm_backward = _define(
+    "gather_norm_backward(Tensor grad, Tensor x, Tensor indices, Tensor? norm_weight, float eps)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+# Fakes: what each op returns, without computing it.
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"idlevit::{name}", lib=_lib)
+
+
+@_fake("token_scores")
+def _(x: Tensor, direction: Tensor, *_: Any, backend: str = "auto") -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+
+
+@_fake("select_tokens")
+def _(scores: Tensor, num_keep: int, num_prefix_tokens: int, backend: str = "auto") -> Tensor:
+    return scores.new_empty((scores.shape[0], num_prefix_tokens + num_keep), dtype=torch.int64)
+
+
+@_fake("select_gather_norm")
+def _(
+    x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, *_: Any, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    n = num_prefix_tokens + num_keep
+    return x.new_empty((x.shape[0], n), dtype=torch.int64), x.new_empty((x.shape[0], n, x.shape[2]))
+
+
+@_fake("gather_tokens")
+def _(x: Tensor, indices: Tensor, backend: str = "auto") -> Tensor:
+    return x.new_empty((*indices.shape, x.shape[2]))
+
+
+@_fake("scatter_tokens")
+def _(x: Tensor, indices: Tensor, tokens: Tensor, backend: str = "auto") -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("scatter_tokens_")
+def _(x: Tensor, indices: Tensor, tokens: Tensor, backend: str = "auto") -> None:
+    return None
+
+
+@_fake("expand_tokens")
+def _(tokens: Tensor, indices: Tensor, num_tokens: int, backend: str = "auto") -> Tensor:
+    return tokens.new_empty((tokens.shape[0], num_tokens, tokens.shape[2]))
+
+
+@_fake("gather_add_norm")
+def _(x: Tensor, indices: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    shape = (*indices.shape, x.shape[2])
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@_fake("scatter_add_tokens")
+def _(x: Tensor, *_: Any, backend: str = "auto") -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("scatter_add_tokens_")
+def _(x: Tensor, *_: Any, backend: str = "auto") -> None:
+    return None
+
+
+@_fake("gather_norm_backward")
+def _(grad: Tensor, x: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    channels, acc = x.shape[2], accumulate_dtype(x.dtype)
+    return x.new_empty(x.shape), x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
+
+
+# Autograd. The indices are constants of the backward pass: selection has no gradient. Where a backward is built from
+# differentiable ops alone (gather, scatter, expand) it can be differentiated again.
+
+
+def _autograd(name: str, backward: Any, setup: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        ctx.backend = keyword_only_inputs["backend"]
+        setup(ctx, inputs, output)
+
+    torch.library.register_autograd(f"idlevit::{name}", backward, setup_context=setup_context, lib=_lib)
+
+
+def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if grad is None or like is None else grad.to(like.dtype)
+
+
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias in the accumulate type."""
+    acc, shape = accumulate_dtype(x.dtype), x.shape[-1:]
+    x, grad = x.to(acc), grad.to(acc)
+    weight = x.new_ones(shape) if weight is None else weight.to(acc)
+    _, mean, rstd = torch.native_layer_norm(x, shape, weight, None, eps)
+    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, weight, [True, True, True])
+
+
+def _token_scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, direction, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(x, direction, weight, bias)
+
+
+def _token_scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, direction, weight, bias = ctx.saved_tensors
+    acc = grad.dtype
+    u = direction.to(acc)
+    normed = torch.nn.functional.layer_norm(
+        x.to(acc), x.shape[-1:], None if weight is None else weight.to(acc), None if bias is None else bias.to(acc),
+        ctx.eps,
+    )  # fmt: skip
+    grad_direction = torch.einsum("bt,btc->bc", grad, normed)
+    grad_normed = grad.unsqueeze(-1) * u.unsqueeze(1)
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_normed, x, weight, ctx.eps)
+    return (
+        grad_x.to(x.dtype), grad_direction.to(direction.dtype), _cast(grad_weight, weight), _cast(grad_bias, bias), None,
+    )  # fmt: skip
+
+
+def _gather_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, indices = inputs
+    ctx.num_tokens = x.shape[1]
+    ctx.save_for_backward(indices)
+
+
+def _gather_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return expand_tokens(grad, indices, ctx.num_tokens, backend=ctx.backend), None
+
+
+def _expand_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _expand_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    return gather_tokens(grad, indices, backend=ctx.backend), None, None
+
+
+def _scatter_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, indices, tokens = inputs
+    ctx.dtype = tokens.dtype
+    ctx.save_for_backward(indices)
+
+
+def _clear_rows(grad: Tensor, indices: Tensor, backend: str) -> Tensor:
+    """The gradient that passes a scatter to the rows it left alone."""
+    zeros = grad.new_zeros((*indices.shape, grad.shape[2]))
+    return scatter_tokens(grad, indices, zeros, backend=backend)
+
+
+def _scatter_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (indices,) = ctx.saved_tensors
+    grad_x = _clear_rows(grad, indices, ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_tokens = gather_tokens(grad, indices, backend=ctx.backend).to(ctx.dtype)
+    return grad_x, None, grad_tokens
+
+
+def _branch_backward(
+    grad: Tensor, branch: Tensor, gamma: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of branch and gamma, where ``tokens + scale * gamma * branch`` has the gradient ``grad``."""
+    factor = scale if gamma is None else scale * gamma
+    grad_gamma = None if gamma is None else (scale * grad * branch).sum((0, 1), dtype=accumulate_dtype(grad.dtype))
+    return (grad * factor).to(branch.dtype), _cast(grad_gamma, gamma)
+
+
+def _scatter_add_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, indices, tokens, branch, gamma, ctx.scale = inputs
+    ctx.dtype = tokens.dtype
+    ctx.save_for_backward(indices, branch, gamma)
+
+
+def _scatter_add_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    indices, branch, gamma = ctx.saved_tensors
+    grad_x = _clear_rows(grad, indices, ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_tokens = gather_tokens(grad, indices, backend=ctx.backend)
+    grad_branch, grad_gamma = _branch_backward(grad_tokens, branch, gamma, ctx.scale)
+    return grad_x, None, grad_tokens.to(ctx.dtype), grad_branch, grad_gamma, None
+
+
+def _select_gather_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, _, _, weight, bias, ctx.eps = inputs
+    indices, _ = output
+    ctx.mark_non_differentiable(indices)
+    ctx.save_for_backward(x, indices, weight, bias)
+
+
+def _select_gather_norm_backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, indices, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = gather_norm_backward(grad, x, indices, weight, ctx.eps, backend=ctx.backend)
+    return grad_x, None, None, None, _cast(grad_weight, weight), _cast(grad_bias, bias), None
+
+
+def _gather_add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, indices, branch, gamma, ctx.scale, weight, bias, ctx.eps = inputs
+    ctx.num_tokens = x.shape[1]
+    ctx.save_for_backward(indices, branch, gamma, weight, bias, output[0])
+
+
+def _gather_add_norm_backward(ctx: Any, grad_tokens: Tensor, grad_normed: Tensor) -> tuple[Any, ...]:
+    indices, branch, gamma, weight, bias, tokens = ctx.saved_tensors
+    grad, grad_weight, grad_bias = _layer_norm_backward(grad_normed, tokens, weight, ctx.eps)
+    grad = grad_tokens + grad.to(grad_tokens.dtype)
+    grad_x = expand_tokens(grad, indices, ctx.num_tokens, backend=ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_branch, grad_gamma = _branch_backward(grad, branch, gamma, ctx.scale)
+    return (
+        grad_x, None, grad_branch, grad_gamma, None, _cast(grad_weight, weight), _cast(grad_bias, bias), None,
+    )  # fmt: skip
+
+
+_autograd("token_scores", _token_scores_backward, _token_scores_setup)
+_autograd("gather_tokens", _gather_tokens_backward, _gather_tokens_setup)
+_autograd("expand_tokens", _expand_tokens_backward, _expand_tokens_setup)
+_autograd("scatter_tokens", _scatter_tokens_backward, _scatter_tokens_setup)
+_autograd("scatter_add_tokens", _scatter_add_tokens_backward, _scatter_add_tokens_setup)
+_autograd("select_gather_norm", _select_gather_norm_backward, _select_gather_norm_setup)
+_autograd("gather_add_norm", _gather_add_norm_backward, _gather_add_norm_setup)

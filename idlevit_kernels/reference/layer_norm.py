@@ -1,0 +1,20 @@
+"""LayerNorm as the fused ops define it: statistics in the accumulate type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float32, float16 and bfloat16; float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last axis; the result has the accumulate type, not yet rounded to ``x.dtype``."""
+    acc = accumulate_dtype(x.dtype)
+    weight = None if weight is None else weight.to(acc)
+    bias = None if bias is None else bias.to(acc)
+    return F.layer_norm(x.to(acc), x.shape[-1:], weight, bias, eps)

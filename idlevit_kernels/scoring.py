@@ -1,0 +1,108 @@
+"""Which tokens matter: the class token's raw attention logits, averaged over heads (arXiv 2310.05654, section 3.2).
+
+s_j = (1/H) sum_h q_cls^h . k_j^h. The sum over heads is one dot product over all channels, and k_j = W_k LN(x_j) + b_k,
+so s_j = (1/H) u . LN(x_j) + constant with the direction u = W_k^T q_cls. Neither 1/H nor the constant changes the order
+of the tokens, so one vector an image scores all tokens, and keys are needed for the kept ones alone. Models without a
+class token use the column mean of the same logits, s_j = mean_i (1/H) q_i . k_j: the direction of the mean query.
+
+That holds where a key is a linear function of the normalised token. Where it is not (a norm on queries and keys, a
+rotary embedding, a projection that is no plain Linear), the real queries and keys are computed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .errors import value_error
+
+SCORERS = ("auto", "cls", "mean")
+
+
+def check_scorer(op: str, scorer: str, num_prefix_tokens: int) -> str:
+    """ "auto" is the class token where there is a prefix token, else the column mean."""
+    if scorer not in SCORERS:
+        raise value_error(op, "scorer", f"one of {list(SCORERS)}", scorer)
+    if scorer == "cls" and num_prefix_tokens < 1:
+        raise value_error(op, "scorer", "'mean' or 'auto' where there is no prefix token", scorer)
+    if scorer == "auto":
+        return "cls" if num_prefix_tokens else "mean"
+    return scorer
+
+
+class LayerNormParameters(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+# Norms that equal F.layer_norm over the last axis with float32 statistics.
+_LAYER_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm"),
+    ("timm.layers.norm", "LayerNorm"),
+    ("timm.layers.norm", "LayerNormFp32"),
+}
+
+
+def layer_norm_parameters(norm: nn.Module) -> LayerNormParameters | None:
+    """What the fused kernels need to know of a norm; None if they do not know this one (then it is called itself)."""
+    kind = type(norm)
+    if (kind.__module__, kind.__qualname__) not in _LAYER_NORMS or len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+        return None
+    if norm._forward_hooks or norm._forward_pre_hooks:  # somebody wants to see it called
+        return None
+    return LayerNormParameters(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+
+
+def _has_linear_keys(attn: nn.Module) -> bool:
+    return type(attn.qkv) is nn.Linear and isinstance(attn.k_norm, nn.Identity) and isinstance(attn.q_norm, nn.Identity)
+
+
+def _query_key_parameters(qkv: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    width = qkv.weight.shape[0] // 3
+    query_bias, key_bias = (None, None) if qkv.bias is None else qkv.bias[: 2 * width].split(width)
+    query_weight, key_weight = qkv.weight[: 2 * width].split(width)
+    return query_weight, query_bias, key_weight, key_bias
+
+
+def direction(attn: nn.Module, query_token: Tensor) -> Tensor:
+    """u = W_k^T (W_q query_token + b_q); query_token is normalised, [B, C]. Returns [B, C]."""
+    query_weight, query_bias, key_weight, _ = _query_key_parameters(attn.qkv)  # type: ignore[arg-type]
+    return F.linear(query_token, query_weight, query_bias) @ key_weight
+
+
+def _key_scores(normed: Tensor, attn: nn.Module, scorer: str) -> Tensor:
+    """The logits of the real queries and keys; normed is [B, T, C]."""
+    B, T, _ = normed.shape
+    heads: int = attn.num_heads  # type: ignore[assignment]
+    queries = normed[:, :1] if scorer == "cls" else normed
+    if type(attn.qkv) is nn.Linear:
+        query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attn.qkv)
+        query, key = F.linear(queries, query_weight, query_bias), F.linear(normed, key_weight, key_bias)
+    else:
+        query, key, _ = attn.qkv(normed).chunk(3, dim=-1)  # type: ignore[operator]
+        query = query[:, : queries.shape[1]]
+    query = attn.q_norm(query.reshape(B, -1, heads, query.shape[-1] // heads).transpose(1, 2))  # type: ignore[operator]
+    key = attn.k_norm(key.reshape(B, T, heads, key.shape[-1] // heads).transpose(1, 2))  # type: ignore[operator]
+    return torch.einsum("bhd,bhtd->bt", query.mean(2), key)
+
+
+@torch.no_grad()
+def score_tokens(x: Tensor, block: nn.Module, scorer: str, backend: str) -> Tensor:
+    """Scores of all tokens for one block: x [B, T, C] -> [B, T]. No gradient: selection has none."""
+    attn, norm = block.attn, block.norm1
+    if not _has_linear_keys(attn):  # type: ignore[arg-type]
+        return _key_scores(norm(x), attn, scorer)  # type: ignore[operator, arg-type]
+    fused = layer_norm_parameters(norm)  # type: ignore[arg-type]
+    if fused is not None and scorer == "cls":
+        u = direction(attn, F.layer_norm(x[:, 0], x.shape[2:], *fused))  # type: ignore[arg-type]
+        return ops.token_scores(x, u, *fused, backend=backend)
+    normed = norm(x)  # type: ignore[operator]
+    u = direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))  # type: ignore[arg-type]
+    if fused is not None:
+        return ops.token_scores(x, u, *fused, backend=backend)
+    return torch.einsum("btc,bc->bt", normed, u)

@@ -36,6 +36,14 @@ int run(idlevit::Status (*kernel)(Args...), Args... args) {
     return static_cast<int>(kernel(args...));
 }
 
+int cpu_cls_direction(SHAPE, TOKENS, NORM, Address qkv_weight, Address qkv_bias, int64_t width, Address query,
+                      Address direction, int threads) {
+    return run<DType, Shape, Tokens, Norm, const void*, const void*, int64_t, void*, void*, int>(
+        idlevit::cpu::kernels().cls_direction, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{at(x), x_batch, x_token}, Norm{at(weight), at(bias), eps}, at(qkv_weight), at(qkv_bias), width,
+        at(query), at(direction), threads);
+}
+
 int cpu_token_scores(SHAPE, TOKENS, Address direction, NORM, Address scores, int threads) {
     return run<DType, Shape, Tokens, const void*, Norm, void*, int>(
         idlevit::cpu::kernels().token_scores, static_cast<DType>(dtype), shape(B, T, n, C),
@@ -77,6 +85,64 @@ int cpu_scatter_tokens(SHAPE, TOKENS, Address indices, Address tokens, BRANCH, A
         out_batch, out_token, threads);
 }
 
+#if defined(IDLEVIT_WITH_CUDA)
+
+// Each returns None, or the message of the error.
+#define TYPES int dtype, int parameters, int64_t B, int64_t T, int64_t n, int64_t C
+#define LAUNCH int device, Address stream
+
+using idlevit::cuda::Launch;
+
+const char* cuda_token_scores(TYPES, TOKENS, Address direction, NORM, Address scores, LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::token_scores(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
+                                       Tokens{at(x), x_batch, x_token}, at(direction),
+                                       Norm{at(weight), at(bias), eps}, at(scores), Launch{device, stream});
+}
+
+const char* cuda_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::select_tokens(static_cast<DType>(dtype), shape(B, T, n, C), prefix, at(scores),
+                                        indices_out(indices), Launch{device, stream});
+}
+
+const char* cuda_select_gather_norm(TYPES, int64_t prefix, TOKENS, Address scores, NORM, Address indices,
+                                    Address normed, LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::select_gather_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
+                                             shape(B, T, n, C), prefix, Tokens{at(x), x_batch, x_token}, at(scores),
+                                             Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
+                                             Launch{device, stream});
+}
+
+const char* cuda_gather_tokens(SHAPE, TOKENS, Address indices, Address out, LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::gather_tokens(static_cast<DType>(dtype), shape(B, T, n, C), Tokens{at(x), x_batch, x_token},
+                                        indices_at(indices), at(out), Launch{device, stream});
+}
+
+const char* cuda_gather_add_norm(TYPES, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed,
+                                 LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::gather_add_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
+                                          shape(B, T, n, C), Tokens{at(x), x_batch, x_token}, indices_at(indices),
+                                          Branch{at(branch), at(gamma), scale}, Norm{at(weight), at(bias), eps},
+                                          at(tokens), at(normed), Launch{device, stream});
+}
+
+const char* cuda_scatter_tokens(TYPES, TOKENS, Address indices, Address tokens, BRANCH, Address out, int64_t out_batch,
+                                int64_t out_token, LAUNCH) {
+    py::gil_scoped_release release;
+    return idlevit::cuda::scatter_tokens(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
+                                         Tokens{at(x), x_batch, x_token}, indices_at(indices), at(tokens),
+                                         Branch{at(branch), at(gamma), scale}, at(out), out_batch, out_token,
+                                         Launch{device, stream});
+}
+
+const char* cuda_unusable(int device) { return idlevit::cuda::unusable(device); }
+
+#endif  // IDLEVIT_WITH_CUDA
+
 std::vector<std::string> cpu_instruction_sets() {
     std::vector<std::string> names;
     for (int i = 0; const auto* table = idlevit::cpu::available(i); ++i) names.emplace_back(table->name);
@@ -92,6 +158,7 @@ void cpu_set_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
     m.attr("MAX_CHANNELS") = idlevit::kMaxChannels;
+    m.def("cpu_cls_direction", &cpu_cls_direction);
     m.def("cpu_token_scores", &cpu_token_scores);
     m.def("cpu_select_tokens", &cpu_select_tokens);
     m.def("cpu_select_gather_norm", &cpu_select_gather_norm);
@@ -101,4 +168,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_instruction_sets", &cpu_instruction_sets);
     m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
     m.def("cpu_set_instruction_set", &cpu_set_instruction_set);
+#if defined(IDLEVIT_WITH_CUDA)
+    m.attr("cuda_built") = true;
+    m.attr("CUDA_MAX_CHANNELS") = idlevit::cuda::kMaxChannels;
+    m.def("cuda_token_scores", &cuda_token_scores);
+    m.def("cuda_select_tokens", &cuda_select_tokens);
+    m.def("cuda_select_gather_norm", &cuda_select_gather_norm);
+    m.def("cuda_gather_tokens", &cuda_gather_tokens);
+    m.def("cuda_gather_add_norm", &cuda_gather_add_norm);
+    m.def("cuda_scatter_tokens", &cuda_scatter_tokens);
+    m.def("cuda_unusable", &cuda_unusable);
+#else
+    m.attr("cuda_built") = false;
+#endif
 }

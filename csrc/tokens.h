@@ -55,6 +55,12 @@ namespace cpu {
 struct Kernels {
     const char* name;
 
+    // direction[b] = W_k^T (W_q LN(x[b, 0]) + b_q), [B, C], with W_q and W_k the first two blocks of `width` rows of
+    // qkv_weight [3 * width, C] and b_q the first of qkv_bias (or null). f32 and f64 only, C <= kMaxChannels;
+    // query [B, width] receives W_q LN(x[b, 0]) + b_q.
+    Status (*cls_direction)(DType dtype, Shape shape, Tokens x, Norm norm, const void* qkv_weight,
+                            const void* qkv_bias, int64_t width, void* query, void* direction, int threads);
+
     // scores[b, t] = LN(x[b, t]) . direction[b];  direction: [B, C], scores: [B, T], both accumulate type.
     Status (*token_scores)(DType dtype, Shape shape, Tokens x, const void* direction, Norm norm, void* scores,
                            int threads);
@@ -94,4 +100,41 @@ bool set_instruction_set(const char* name);
 const Kernels* available(int i);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The widest row that a block holds in registers.
+constexpr int64_t kMaxChannels = 4096;
+
+// The same ops on device pointers. Parameters have the dtype `parameters`: that of the tokens or their accumulate type.
+// Each launches on `stream` (a cudaStream_t) of `device`, waits for nothing and allocates nothing, so a CUDA graph can
+// capture it. Each returns null, or the message of the error. Index values are not checked on the host: a kernel that
+// would read or write outside [0, T) stops with an error.
+struct Launch {
+    int device;
+    std::uintptr_t stream;
+};
+
+const char* token_scores(DType dtype, DType parameters, Shape shape, Tokens x, const void* direction, Norm norm,
+                         void* scores, Launch launch);
+
+const char* select_tokens(DType dtype, Shape shape, int64_t prefix, const void* scores, int64_t* indices,
+                          Launch launch);
+
+const char* select_gather_norm(DType dtype, DType parameters, Shape shape, int64_t prefix, Tokens x,
+                               const void* scores, Norm norm, int64_t* indices, void* normed, Launch launch);
+
+const char* gather_tokens(DType dtype, Shape shape, Tokens x, const int64_t* indices, void* out, Launch launch);
+
+const char* gather_add_norm(DType dtype, DType parameters, Shape shape, Tokens x, const int64_t* indices,
+                            Branch branch, Norm norm, void* tokens, void* normed, Launch launch);
+
+const char* scatter_tokens(DType dtype, DType parameters, Shape shape, Tokens x, const int64_t* indices,
+                           const void* tokens, Branch branch, void* out, int64_t out_batch_stride,
+                           int64_t out_token_stride, Launch launch);
+
+// Null if the device can run the kernels of this build, else the reason.
+const char* unusable(int device);
+
+}  // namespace cuda
 }  // namespace idlevit

@@ -7,6 +7,7 @@ from .block import IdleBlock, idle_block
 from .complexity import MacReport, count_macs
 from .errors import BackendError
 from .functional import (
+    cls_direction,
     expand_tokens,
     gather_add_norm,
     gather_tokens,
@@ -16,6 +17,7 @@ from .functional import (
     scatter_tokens_,
     select_gather_norm,
     select_tokens,
+    token_cut_loss,
     token_scores,
 )
 from .models import apply_idle, idle_blocks, remove_idle
@@ -31,6 +33,7 @@ __all__ = [
     "IdleBlock",
     "MacReport",
     "apply_idle",
+    "cls_direction",
     "count_macs",
     "expand_tokens",
     "gather_add_norm",
@@ -45,6 +48,7 @@ __all__ = [
     "scatter_tokens_",
     "select_gather_norm",
     "select_tokens",
+    "token_cut_loss",
     "token_scores",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import dense, ops
 from .backends import resolve
 from .errors import type_error, value_error
 from .functional import check_counts, check_tensor
@@ -70,15 +70,15 @@ def idle_block(
 def _idle(
     x: Tensor, block: nn.Module, num_keep: int, num_prefix_tokens: int, scorer: str, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    scores = score_tokens(x, block, scorer, backend)  # [B, T]
     norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)  # type: ignore[arg-type]
+    scores = score_tokens(x, block, norm1, scorer, backend)  # [B, T]
 
     if norm1 is not None:
         indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm1, backend=backend)
     else:
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
         y = block.norm1(ops.gather_tokens(x, indices, backend=backend))  # type: ignore[operator]
-    branch = block.attn(y)  # type: ignore[operator]  # [B, n, C]
+    branch = dense.attention(block.attn, y, backend)  # type: ignore[arg-type]  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 1)
     if norm2 is not None:
@@ -86,7 +86,7 @@ def _idle(
     else:
         tokens = ops.gather_tokens(x, indices, backend=backend) + (branch if gamma is None else gamma * branch)
         y = block.norm2(tokens)  # type: ignore[operator]
-    branch = block.mlp(y)  # type: ignore[operator]  # [B, n, C]
+    branch = dense.mlp(block.mlp, y, backend)  # type: ignore[arg-type]  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 2)
     if inplace:

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import type_error, value_error
+
+
+@functools.cache
+def register_flop_formulas() -> None:
+    """Tells torch's FLOP counter of the matrix products that it does not know; a counter made earlier misses them.
+
+    Not at import: the counter's module imports triton.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    def linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * x.numel() * weight[0]
+
+    def cls_direction(x: torch.Size, *arguments: Any, **_: Any) -> int:
+        qkv_weight = arguments[3]
+        return 2 * 2 * x[0] * x[2] * (qkv_weight[0] // 3)
+
+    for op, formula in ((torch.ops.mkldnn._linear_pointwise, linear), (torch.ops.idlevit.cls_direction, cls_direction)):
+        if op not in flop_registry:
+            register_flop_formula(op)(formula)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +58,20 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) ->
         input_size: (channels, height, width) of an image.
 
     Raises:
-        ValueError: input_size is not three positive integers.
+        TypeError, ValueError: model is no module; input_size is not three positive integers.
     """
+    if not isinstance(model, nn.Module):
+        raise type_error("count_macs", "model", "a torch.nn.Module", model)
     if len(input_size) != 3 or any(not isinstance(s, int) or s < 1 for s in input_size):
-        from .errors import value_error
-
         raise value_error("count_macs", "input_size", "(channels, height, width), positive integers", input_size)
+    register_flop_formulas()
+    from torch.utils.flop_counter import FlopCounterMode
+
     parameter = next(model.parameters(), torch.empty(0))
     on_meta = copy.deepcopy(model).to("meta").eval()
+    for module in on_meta.modules():  # hooks are the user's, and see real passes only
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     counter = FlopCounterMode(display=False, depth=None)
     with torch.no_grad(), counter:
         on_meta(torch.empty((1, *input_size), device="meta", dtype=parameter.dtype))

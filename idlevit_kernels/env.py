@@ -7,6 +7,7 @@ import os
 VARIABLES = {
     "IDLEVIT_BACKEND": "backend of every op that is not given one: auto (default), reference, cpu, triton, cuda",
     "IDLEVIT_CPU_ISA": "instruction set of the CPU kernels: baseline, avx2, avx512 (default: the best one there is)",
+    "IDLEVIT_AUTOTUNE": "1 (default): Triton kernels bound by arithmetic time a few tile sizes on first use; 0: off",
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops
 from .backends import resolve
 from .errors import type_error, value_error
+from .reference.token_cut_loss import ROW_WEIGHTS
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -78,6 +79,49 @@ def _check_compact(op: str, argument: str, value: Tensor, x: Tensor, indices: Te
 def _check_same_dtype(op: str, argument: str, value: Tensor, x: Tensor) -> None:
     if value.dtype != x.dtype:
         raise type_error(op, argument, f"of the dtype of x, {x.dtype}", value)
+
+
+def cls_direction(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The direction that ``token_scores`` takes: the class token's query, through the key projection's transpose.
+
+    Equivalent PyTorch: ``W_q, W_k, _ = qkv_weight.chunk(3)``; ``q = F.linear(LN(x[:, 0]), W_q, b_q)``; ``q @ W_k``.
+
+    Args:
+        x: tokens [B, T, C], the class token first.
+        norm_weight, norm_bias, eps: the block's first LayerNorm, as in ``token_scores``.
+        qkv_weight: [3A, C], rows of queries, keys and values, as in timm's attention; dtype of x.
+        qkv_bias: [3A] or None.
+
+    Returns:
+        [B, C] of the dtype of x. Not differentiable: selection has no gradient.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or eps that does not fit.
+        BackendError: a named backend cannot run the call.
+    """
+    op = "cls_direction"
+    check_tensor(op, "x", x, "[B, T, C]", (None, None, None))
+    if x.shape[1] < 1:
+        raise value_error(op, "x", "[B, T, C] with T >= 1, the class token first", x)
+    _check_norm(op, x, norm_weight, norm_bias, eps)
+    check_tensor(op, "qkv_weight", qkv_weight, "[3A, C]", (None, x.shape[2]))
+    if qkv_weight.shape[0] % 3:
+        raise value_error(op, "qkv_weight", "[3A, C], as many rows of queries as of keys and values", qkv_weight)
+    _check_device(op, "qkv_weight", qkv_weight, x)
+    _check_same_dtype(op, "qkv_weight", qkv_weight, x)
+    if qkv_bias is not None:
+        check_tensor(op, "qkv_bias", qkv_bias, "[3A]", (qkv_weight.shape[0],))
+        _check_device(op, "qkv_bias", qkv_bias, x)
+    return ops.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, backend=resolve(backend))
 
 
 def token_scores(
@@ -161,7 +205,7 @@ def select_gather_norm(
 
     Args:
         x: [B, T, C].
-        scores: [B, T], any float type.
+        scores: [B, T], any float type; float64 only if x is.
         num_keep, num_prefix_tokens: as in ``select_tokens``.
         norm_weight, norm_bias, eps: as in ``token_scores``.
 
@@ -175,6 +219,8 @@ def select_gather_norm(
     op = "select_gather_norm"
     check_tensor(op, "x", x, "[B, T, C]", (None, None, None))
     check_tensor(op, "scores", scores, "[B, T]", (x.shape[0], x.shape[1]))
+    if scores.dtype == torch.float64 != x.dtype:  # the kernels compare in the accumulate type of x
+        raise type_error(op, "scores", f"at most float32 where x is {x.dtype} (or call select_tokens)", scores)
     _check_device(op, "scores", scores, x)
     check_counts(op, x.shape[1], num_keep, num_prefix_tokens)
     _check_norm(op, x, norm_weight, norm_bias, eps)
@@ -235,7 +281,7 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     """
     op = "scatter_tokens_"
     _check_scatter(op, x, indices, tokens)
-    _check_writable(op, x)
+    _check_writable(op, x, tokens=tokens)
     if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
         return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend)))
     ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend))
@@ -249,7 +295,10 @@ def _check_scatter(op: str, x: Tensor, indices: Tensor, tokens: Tensor) -> None:
     _check_same_dtype(op, "tokens", tokens, x)
 
 
-def _check_writable(op: str, x: Tensor) -> None:
+def _check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
+    for argument, value in sources.items():
+        if x.numel() and value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            raise value_error(op, argument, "in other memory than x, which is overwritten (call .clone() first)", value)
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise value_error(op, "x", "a tensor whose elements do not share memory (call .contiguous() first)", x)
 
@@ -375,10 +424,60 @@ def scatter_add_tokens_(
     _check_scatter(op, x, indices, tokens)
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
-    _check_writable(op, x)
+    _check_writable(op, x, tokens=tokens, branch=branch)
     arguments = (x, indices, tokens, branch, gamma, float(scale))
     differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
         return x.copy_(ops.scatter_add_tokens(*arguments, backend=resolve(backend)))
     ops.scatter_add_tokens_(*arguments, backend=resolve(backend))
     return x
+
+
+def token_cut_loss(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    scale: float,
+    num_prefix_tokens: int = 1,
+    kind: str = "both",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The token cut loss of one idle layer: how much attention crosses the cut between kept and idle tokens.
+
+    Inspired by the normalized graph cut (arXiv 2310.05654, section 3.3). With W = softmax(scale * q k^T) over all T
+    tokens, m the selection (1 for prefix tokens too), a_i = sum of W_ij over selected j and w_i = sum of W_ij over
+    prefix tokens j: inter_i = 1 - a_i if m_i else a_i - w_i, intra_i = 1 - a_i if m_i else 0. W is never stored.
+
+    Equivalent PyTorch: ``W = (scale * q @ k.mT).softmax(-1)``, the sums above, ``(inter**2 + intra**2).mean()``.
+
+    Args:
+        q, k: the layer's queries and keys of all tokens, heads side by side, [B, T, C].
+        indices: [B, n] int64, the selection, strictly ascending in each image, as ``select_tokens`` returns it.
+        scale: of the logits. The attention map is that of the mean over heads: head_dim**-0.5 / num_heads.
+        num_prefix_tokens: P, 0 <= P < T.
+        kind: "both", or "inter" or "intra" for that term alone, or "none" for 0.
+
+    Returns:
+        A float32 scalar (float64 if q is float64). Differentiable once in q and k.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or kind that does not fit.
+        BackendError: a named backend cannot run the call.
+    """
+    op = "token_cut_loss"
+    check_tensor(op, "q", q, "[B, T, C]", (None, None, None))
+    check_tensor(op, "k", k, "[B, T, C], the shape of q,", tuple(q.shape))
+    if k.dtype != q.dtype:
+        raise type_error(op, "k", f"of the dtype of q, {q.dtype}", k)
+    if k.device != q.device:
+        raise value_error(op, "k", f"on {q.device}, where q is", k)
+    _check_indices(op, indices, q.shape[0], q.shape[1], q)
+    if isinstance(num_prefix_tokens, (bool, float, str)) or num_prefix_tokens is None:
+        raise type_error(op, "num_prefix_tokens", "an integer", num_prefix_tokens)
+    if not 0 <= num_prefix_tokens < q.shape[1]:
+        raise value_error(op, "num_prefix_tokens", f"in [0, T) with T = {q.shape[1]} tokens", num_prefix_tokens)
+    if kind not in ROW_WEIGHTS:
+        raise value_error(op, "kind", f"one of {list(ROW_WEIGHTS)}", kind)
+    loss, _, _ = ops.token_cut_loss(q, k, indices, float(scale), num_prefix_tokens, kind, backend=resolve(backend))
+    return loss

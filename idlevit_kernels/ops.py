@@ -30,6 +30,10 @@ def _define(schema: str) -> Any:
     return getattr(torch.ops.idlevit, name).default
 
 
+cls_direction = _define(
+    "cls_direction(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, Tensor? qkv_bias)"
+    " -> Tensor"
+)
 token_scores = _define(
     "token_scores(Tensor x, Tensor direction, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
 )
@@ -56,6 +60,14 @@ gather_norm_backward = _define(
     "gather_norm_backward(Tensor grad, Tensor x, Tensor indices, Tensor? norm_weight, float eps)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
 )
+token_cut_loss = _define(
+    "token_cut_loss(Tensor q, Tensor k, Tensor indices, float scale, SymInt num_prefix_tokens, str kind)"
+    " -> (Tensor loss, Tensor lse, Tensor share)"
+)
+token_cut_loss_backward = _define(
+    "token_cut_loss_backward(Tensor grad, Tensor q, Tensor k, Tensor indices, Tensor lse, Tensor share, float scale,"
+    " SymInt num_prefix_tokens, str kind) -> (Tensor grad_q, Tensor grad_k)"
+)
 
 
 # Fakes: what each op returns, without computing it.
@@ -63,6 +75,11 @@ gather_norm_backward = _define(
 
 def _fake(name: str) -> Any:
     return torch.library.register_fake(f"idlevit::{name}", lib=_lib)
+
+
+@_fake("cls_direction")
+def _(x: Tensor, *_: Any, backend: str = "auto") -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2]))
 
 
 @_fake("token_scores")
@@ -123,6 +140,17 @@ def _(x: Tensor, *_: Any, backend: str = "auto") -> None:
 def _(grad: Tensor, x: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     channels, acc = x.shape[2], accumulate_dtype(x.dtype)
     return x.new_empty(x.shape), x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
+
+
+@_fake("token_cut_loss")
+def _(q: Tensor, k: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    return q.new_empty((), dtype=acc), q.new_empty(q.shape[:2], dtype=acc), q.new_empty(q.shape[:2], dtype=acc)
+
+
+@_fake("token_cut_loss_backward")
+def _(grad: Tensor, q: Tensor, k: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 # Autograd. The indices are constants of the backward pass: selection has no gradient. Where a backward is built from
@@ -265,6 +293,18 @@ def _gather_add_norm_backward(ctx: Any, grad_tokens: Tensor, grad_normed: Tensor
     )  # fmt: skip
 
 
+def _token_cut_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, indices, *ctx.options = inputs
+    _, lse, share = output
+    ctx.mark_non_differentiable(lse, share)
+    ctx.save_for_backward(q, k, indices, lse, share)
+
+
+def _token_cut_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_q, grad_k = token_cut_loss_backward(grad, *ctx.saved_tensors, *ctx.options, backend=ctx.backend)
+    return grad_q, grad_k, None, None, None, None
+
+
 _autograd("token_scores", _token_scores_backward, _token_scores_setup)
 _autograd("gather_tokens", _gather_tokens_backward, _gather_tokens_setup)
 _autograd("expand_tokens", _expand_tokens_backward, _expand_tokens_setup)
@@ -272,3 +312,4 @@ _autograd("scatter_tokens", _scatter_tokens_backward, _scatter_tokens_setup)
 _autograd("scatter_add_tokens", _scatter_add_tokens_backward, _scatter_add_tokens_setup)
 _autograd("select_gather_norm", _select_gather_norm_backward, _select_gather_norm_setup)
 _autograd("gather_add_norm", _gather_add_norm_backward, _gather_add_norm_setup)
+_autograd("token_cut_loss", _token_cut_loss_backward, _token_cut_loss_setup)

@@ -11,13 +11,12 @@ rotary embedding, a projection that is no plain Linear), the real queries and ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .dense import plain
 from .errors import value_error
 
 SCORERS = ("auto", "cls", "mean")
@@ -34,32 +33,31 @@ def check_scorer(op: str, scorer: str, num_prefix_tokens: int) -> str:
     return scorer
 
 
-class LayerNormParameters(NamedTuple):
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
 
-# Norms that equal F.layer_norm over the last axis with float32 statistics.
-_LAYER_NORMS = {
-    ("torch.nn.modules.normalization", "LayerNorm"),
-    ("timm.layers.norm", "LayerNorm"),
-    ("timm.layers.norm", "LayerNormFp32"),
-}
+def layer_norm_parameters(norm: nn.Module) -> LayerNorm | None:
+    """Weight, bias and eps for the fused kernels; None if they do not know this norm (then it is called itself).
 
-
-def layer_norm_parameters(norm: nn.Module) -> LayerNormParameters | None:
-    """What the fused kernels need to know of a norm; None if they do not know this one (then it is called itself)."""
-    kind = type(norm)
-    if (kind.__module__, kind.__qualname__) not in _LAYER_NORMS or len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+    They know norms that equal ``F.layer_norm`` over the last axis with float32 statistics.
+    """
+    if not (
+        plain(norm, "torch.nn.modules.normalization", "LayerNorm")
+        or plain(norm, "timm.layers.norm", "LayerNorm")
+        or plain(norm, "timm.layers.norm", "LayerNormFp32")
+    ):
         return None
-    if norm._forward_hooks or norm._forward_pre_hooks:  # somebody wants to see it called
+    if len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
         return None
-    return LayerNormParameters(norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+    return norm.weight, norm.bias, norm.eps  # type: ignore[return-value]
 
 
 def _has_linear_keys(attn: nn.Module) -> bool:
-    return type(attn.qkv) is nn.Linear and isinstance(attn.k_norm, nn.Identity) and isinstance(attn.q_norm, nn.Identity)
+    return (
+        plain(attn.qkv, "torch.nn.modules.linear", "Linear")  # type: ignore[arg-type]
+        and type(attn.k_norm) is nn.Identity
+        and type(attn.q_norm) is nn.Identity
+    )
 
 
 def _query_key_parameters(qkv: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -69,7 +67,7 @@ def _query_key_parameters(qkv: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor
     return query_weight, query_bias, key_weight, key_bias
 
 
-def direction(attn: nn.Module, query_token: Tensor) -> Tensor:
+def _direction(attn: nn.Module, query_token: Tensor) -> Tensor:
     """u = W_k^T (W_q query_token + b_q); query_token is normalised, [B, C]. Returns [B, C]."""
     query_weight, query_bias, key_weight, _ = _query_key_parameters(attn.qkv)  # type: ignore[arg-type]
     return F.linear(query_token, query_weight, query_bias) @ key_weight
@@ -91,18 +89,21 @@ def _key_scores(normed: Tensor, attn: nn.Module, scorer: str) -> Tensor:
     return torch.einsum("bhd,bhtd->bt", query.mean(2), key)
 
 
-@torch.no_grad()
-def score_tokens(x: Tensor, block: nn.Module, scorer: str, backend: str) -> Tensor:
-    """Scores of all tokens for one block: x [B, T, C] -> [B, T]. No gradient: selection has none."""
-    attn, norm = block.attn, block.norm1
-    if not _has_linear_keys(attn):  # type: ignore[arg-type]
-        return _key_scores(norm(x), attn, scorer)  # type: ignore[operator, arg-type]
-    fused = layer_norm_parameters(norm)  # type: ignore[arg-type]
-    if fused is not None and scorer == "cls":
-        u = direction(attn, F.layer_norm(x[:, 0], x.shape[2:], *fused))  # type: ignore[arg-type]
-        return ops.token_scores(x, u, *fused, backend=backend)
-    normed = norm(x)  # type: ignore[operator]
-    u = direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))  # type: ignore[arg-type]
-    if fused is not None:
-        return ops.token_scores(x, u, *fused, backend=backend)
-    return torch.einsum("btc,bc->bt", normed, u)
+def score_tokens(x: Tensor, block: nn.Module, norm: LayerNorm | None, scorer: str, backend: str) -> Tensor:
+    """Scores of all tokens for one block, with ``layer_norm_parameters`` of its first norm: x [B, T, C] -> [B, T].
+
+    No gradient: selection has none.
+    """
+    attn: nn.Module = block.attn  # type: ignore[assignment]
+    with torch.no_grad():
+        if not _has_linear_keys(attn):
+            return _key_scores(block.norm1(x), attn, scorer)  # type: ignore[operator]
+        if norm is not None and scorer == "cls":
+            qkv = attn.qkv
+            u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)  # type: ignore[union-attr]
+            return ops.token_scores(x, u, *norm, backend=backend)
+        normed = block.norm1(x)  # type: ignore[operator]
+        u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
+        if norm is not None:
+            return ops.token_scores(x, u, *norm, backend=backend)
+        return torch.einsum("btc,bc->bt", normed, u)

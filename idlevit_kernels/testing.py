@@ -29,11 +29,14 @@ def _table() -> dict[tuple[str, torch.dtype], float]:
         acc, out = 32 * _ACCUMULATE[dtype], _ROUNDOFF[dtype]
         for op in ("gather_tokens", "scatter_tokens", "scatter_tokens_", "expand_tokens"):
             table[op, dtype] = 0.0  # moves bits
+        table["cls_direction", dtype] = 4 * acc + 8 * out  # two products after a norm, each rounded
         table["token_scores", dtype] = acc
         table["select_gather_norm", dtype] = acc + out
         for op in ("gather_add_norm", "scatter_add_tokens", "scatter_add_tokens_"):
             table[op, dtype] = acc + 4 * out  # the norm amplifies the rounding of the stored sum
         table["gather_norm_backward", dtype] = 4 * acc + 2 * out
+        table["token_cut_loss", dtype] = acc
+        table["token_cut_loss_backward", dtype] = 4 * acc + 2 * out  # the gradient of the logits is rounded on the way
     return table
 
 
@@ -124,6 +127,7 @@ def make_arguments(op: str, case: Case, seed: int = 0, device: str = "cpu") -> t
     indices = reference.select_tokens(scores, *counts)
     tokens, branch = random(case.B, n, case.C), random(case.B, n, case.C)
     arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "cls_direction": lambda: (x, *norm, random(3 * case.C, case.C), random(3 * case.C)),
         "token_scores": lambda: (x, random(case.B, case.C), *norm),
         "select_tokens": lambda: (scores, *counts),
         "select_gather_norm": lambda: (x, scores, *counts, *norm),
@@ -135,11 +139,22 @@ def make_arguments(op: str, case: Case, seed: int = 0, device: str = "cpu") -> t
         "scatter_add_tokens": lambda: (x, indices, tokens, branch, gamma, 0.5),
         "scatter_add_tokens_": lambda: (x, indices, tokens, branch, gamma, 0.5),
         "gather_norm_backward": lambda: (branch, x, indices, weight, 1e-6),
+        "token_cut_loss": lambda: (x, random(case.B, case.T, case.C), indices, case.C**-0.5, case.P, "both"),
+        "token_cut_loss_backward": lambda: _cut_backward_arguments(case, x, random(case.B, case.T, case.C), indices),
     }
     return arguments[op]()
 
 
+def _cut_backward_arguments(case: Case, q: Tensor, k: Tensor, indices: Tensor) -> tuple[Any, ...]:
+    options = (case.C**-0.5, case.P, "both")
+    _, lse, share = reference.token_cut_loss(q, k, indices, *options)
+    # The loss is a mean over B * T rows: this gradient makes those of q and k numbers of some size.
+    grad = torch.tensor(float(case.B * case.T * case.C**0.5), dtype=share.dtype, device=share.device)
+    return grad, q, k, indices, lse, share, *options
+
+
 OPS = (
+    "cls_direction",
     "token_scores",
     "select_tokens",
     "select_gather_norm",
@@ -151,7 +166,11 @@ OPS = (
     "scatter_add_tokens",
     "scatter_add_tokens_",
     "gather_norm_backward",
+    "token_cut_loss",
+    "token_cut_loss_backward",
 )
+# Ops whose public function returns less than the op does: tests compare what the op returns.
+_RAW = ("token_cut_loss",)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -176,7 +195,7 @@ def expected(op: str, arguments: tuple[Any, ...]) -> list[Tensor]:
 
 def run(op: str, arguments: tuple[Any, ...], backend: str) -> list[Tensor]:
     """The op on a backend through the public function (the raw op where it has none)."""
-    function = getattr(functional, op, None) or getattr(torch.ops.idlevit, op)
+    function = (None if op in _RAW else getattr(functional, op, None)) or getattr(torch.ops.idlevit, op)
     result = function(*arguments, backend=backend)
     return [arguments[0]] if op.endswith("_") else list(_tensors(result))
 

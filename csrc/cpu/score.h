@@ -4,18 +4,20 @@
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
-// One row: rstd * sum_c (x_c - mean) weight_c u_c  +  sum_c bias_c u_c. The second term is the image's `offset`.
+// rstd * sum_c (x_c - mean) weight_c u_c + offset, where offset = sum_c bias_c u_c is the same for a whole image.
 template <typename A>
 inline A score_row(const A* row, const A* weight, const A* u, A offset, double eps, int64_t C) {
     const auto [mean, rstd] = moments(row, C, eps);
-    A dot = 0;
-    if (weight) {
-        IDLEVIT_SIMD_SUM(dot)
-        for (int64_t c = 0; c < C; ++c) dot += (row[c] - mean) * (weight[c] * u[c]);
-    } else {
-        IDLEVIT_SIMD_SUM(dot)
-        for (int64_t c = 0; c < C; ++c) dot += (row[c] - mean) * u[c];
-    }
+    const A centre = mean;
+    const A dot = weight ? sum<A>(C,
+                                  [&](int64_t c, auto tag) {
+                                      using V = decltype(tag);
+                                      return (load<V>(row + c) - centre) * (load<V>(weight + c) * load<V>(u + c));
+                                  })
+                         : sum<A>(C, [&](int64_t c, auto tag) {
+                               using V = decltype(tag);
+                               return (load<V>(row + c) - centre) * load<V>(u + c);
+                           });
     return rstd * dot + offset;
 }
 
@@ -38,12 +40,12 @@ inline Status token_scores(DType dtype, Shape s, Tokens x, const void* direction
                 const A* u = static_cast<const A*>(direction) + b * s.C;
                 if (b != image) {
                     image = b;
-                    A sum = 0;
-                    if (bias) {
-                        IDLEVIT_SIMD_SUM(sum)
-                        for (int64_t c = 0; c < s.C; ++c) sum += bias[c] * u[c];
-                    }
-                    offset = sum;
+                    offset = bias ? sum<A>(s.C,
+                                           [&](int64_t c, auto tag) {
+                                               using V = decltype(tag);
+                                               return load<V>(bias + c) * load<V>(u + c);
+                                           })
+                                  : A(0);
                 }
                 const A* values = widen(token_row<T>(x, b, t), buffer, s.C);
                 static_cast<A*>(scores)[row] = score_row(values, weight, u, offset, norm.eps, s.C);

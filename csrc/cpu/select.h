@@ -1,48 +1,29 @@
 #pragma once
 
+#include "../selection.h"
 #include "rows.h"
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
-// A score as an unsigned integer of the same order: NaN is 0, the smallest; adding zero makes -0 equal to +0.
-inline std::uint32_t order_key(float score) {
-    const std::uint32_t bits = float_to_bits(score + 0.0f);
-    const std::uint32_t flip = (bits >> 31) ? 0xFFFFFFFFu : 0x80000000u;
-    return score != score ? 0u : bits ^ flip;
-}
-
-inline std::uint64_t order_key(double score) {
-    const double value = score + 0.0;
-    std::uint64_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    const std::uint64_t flip = (bits >> 63) ? ~std::uint64_t{0} : std::uint64_t{1} << 63;
-    return score != score ? 0u : bits ^ flip;
-}
-
-// The `keep` largest of N scores. The keep-th largest key is built bit by bit, highest first: a bit stays if at least
-// `keep` keys are no smaller. That needs no sort and no memory. Then one pass writes the indices in order.
+// The `keep` largest of N scores: a pass over the scores for each step of the search, then one that writes the indices
+// in order.
 template <typename A>
 inline void select_image(const A* scores, int64_t N, int64_t keep, int64_t prefix, int64_t* out) {
     using Key = decltype(order_key(A{}));
-    Key threshold = 0;
-    int64_t above = 0;  // keys larger than the final threshold
-    for (int bit = 8 * static_cast<int>(sizeof(Key)) - 1; bit >= 0; --bit) {
-        const Key candidate = threshold | (Key{1} << bit);
+    ThresholdSearch<Key> search(keep);
+    while (!search.done()) {
+        const Key candidate = search.candidate();
         std::int32_t count = 0;
         IDLEVIT_SIMD_SUM(count)
         for (int64_t j = 0; j < N; ++j) count += order_key(scores[j]) >= candidate ? 1 : 0;
-        if (count >= keep)
-            threshold = candidate;
-        else
-            above = count;
+        search.advance(count);
     }
-    int64_t ties = keep - above;
     for (int64_t p = 0; p < prefix; ++p) *out++ = p;
+    int64_t equal = 0;
     for (int64_t j = 0; j < N; ++j) {
         const Key key = order_key(scores[j]);
-        const bool tie = key == threshold && ties > 0;
-        if (key > threshold || tie) *out++ = prefix + j;
-        ties -= tie;
+        if (search.keeps(key, equal)) *out++ = prefix + j;
+        equal += key == search.threshold;
     }
 }
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from .. import env
 from ..errors import BackendError, describe, value_error
 
@@ -65,16 +63,31 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
+_chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
 def kernel(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function that runs this call of the op. Raises BackendError if a named backend cannot."""
+    """The function that runs this call of the op. Raises BackendError if a named backend cannot.
+
+    The choice depends on the op, the backend asked for and the first tensor's dtype, device and channels alone, so it
+    is made once for each: at a batch of one image, a look at every argument would cost as much as a kernel.
+    """
+    first = args[0]
+    key = (op, backend, first.dtype, first.device, first.shape[-1:])
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(op, backend, args)
+    return found
+
+
+def _choose(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     if backend != "auto":
         chosen = module(check_name(backend))
         reasons = chosen.reasons(op, args)
         if reasons:
             raise BackendError(op, _call(args), {backend: reasons})
         return getattr(chosen, op)
-    device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-    for name in _PREFERENCE.get(device, ("reference",)):
+    for name in _PREFERENCE.get(args[0].device.type, ("reference",)):
         reasons = module(name).reasons(op, args)
         if not reasons:
             return getattr(module(name), op)

@@ -38,10 +38,13 @@ def bad_indices(op: str, indices: Tensor, num_tokens: int) -> ValueError:
     )
 
 
+cls_direction = reference.cls_direction
 token_scores = reference.token_scores
 select_tokens = reference.select_tokens
 select_gather_norm = reference.select_gather_norm
 gather_norm_backward = reference.gather_norm_backward
+token_cut_loss = reference.token_cut_loss
+token_cut_loss_backward = reference.token_cut_loss_backward
 
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..block import IdleBlock
+from ..complexity import register_flop_formulas
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
@@ -58,6 +59,7 @@ def apply_idle(
         block if ratio == 1 else IdleBlock(block, ratio, prefix, scorer)
         for block, ratio in zip(blocks, ratios, strict=True)
     ]
+    register_flop_formulas()  # before the user makes a counter
     for i, block in enumerate(idle):
         blocks[i] = block
     return model

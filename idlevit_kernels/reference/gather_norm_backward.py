@@ -18,7 +18,8 @@ def gather_norm_backward(
     acc = accumulate_dtype(x.dtype)
     row = gather_tokens(x, indices).to(acc)
     grad = grad.to(acc)
-    variance, mean = torch.var_mean(row, dim=-1, correction=0, keepdim=True)
+    mean = row.mean(-1, keepdim=True)
+    variance = (row - mean).square().mean(-1, keepdim=True)
     rstd = (variance + eps).rsqrt()
     normed = (row - mean) * rstd
     scaled = grad if norm_weight is None else grad * norm_weight.to(acc)

@@ -1,0 +1,218 @@
+"""Compiles every kernel for every supported GPU architecture, without a GPU, and shows what each one uses.
+
+``python -m idlevit_kernels.backends.triton.compile_table`` prints a row for each kernel, model shape and architecture:
+registers a thread, bytes of stack and local memory (a spill shows there), bytes of shared memory. The launches are
+recorded from the functions that the backend calls, run on tensors without data, so the table shows the very
+specialisations that a model gets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import gather, norm_backward, scatter, score, select
+from .token_cut_loss import BACKWARD_CONFIGS, FORWARD_CONFIGS, token_cut_loss, token_cut_loss_backward
+
+ARCHITECTURES = (80, 90, 100, 120)
+_TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int8: "i8",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    name: str
+    T: int
+    C: int
+    B: int = 64
+    keep: float = 0.7
+    dtype: torch.dtype = torch.bfloat16
+
+
+SHAPES = (
+    Shape("DeiT-S", 197, 384),
+    Shape("DeiT-B", 197, 768),
+    Shape("ViT-L 384", 577, 1024),
+    Shape("DINOv2-L 518", 1370, 1024),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel: all that its machine code depends on, besides the architecture."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]  # pointers and integers that are multiples of 16
+    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.lstrip("_")
+
+    def configured(self, config: dict[str, int]) -> Launch:
+        """The launch with other tile sizes and warps."""
+        constants = {k: v for k, v in config.items() if k in dict(self.constants)}
+        options = {k: v for k, v in config.items() if k not in constants}
+        return dataclasses.replace(
+            self, constants=tuple((dict(self.constants) | constants).items()), options=tuple(sorted(options.items()))
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    architecture: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+
+def _specialise(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Launch:
+    """The signature that Triton's launcher would derive from these arguments."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in meta.items() if k in names}
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constants, divisible = {}, {}, []
+    for name, value in values.items():
+        if name in constexprs or value is None or (type(value) is int and value == 1 and name not in general):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (value % 16 == 0 and name not in general):
+            divisible.append(name)
+    options = {k: v for k, v in meta.items() if k not in names}
+    return Launch(
+        kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(sorted(options.items()))
+    )
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The kernel launches that the call would make, none of which runs."""
+    launches = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
+        launches.append(_specialise(kernel, args, meta))
+
+    run = triton.runtime.JITFunction.run
+    triton.runtime.JITFunction.run = note
+    try:
+        call()
+    finally:
+        triton.runtime.JITFunction.run = run
+    return launches
+
+
+def launches(shape: Shape) -> list[Launch]:
+    """Every kernel as a model of this shape, with one prefix token and LayerScale, launches it."""
+    B, T, C = shape.B, shape.T, shape.C
+    num_keep = int(shape.keep * (T - 1))
+    n = 1 + num_keep
+
+    def tensor(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    x, tokens, branch, vector = tensor(B, T, C), tensor(B, n, C), tensor(B, n, C), tensor(C)
+    scores, indices = tensor(B, T, dtype=torch.float32), tensor(B, n, dtype=torch.int64)
+    norm = (vector, vector, 1e-6)
+    calls: Iterable[Callable[[], Any]] = (
+        lambda: score.token_scores(x, tensor(B, C), *norm),
+        lambda: select.select_tokens(scores, num_keep, 1),
+        lambda: select.select_gather_norm(x, scores, num_keep, 1, *norm),
+        lambda: gather.gather_tokens(x, indices),
+        lambda: gather.gather_add_norm(x, indices, branch, vector, 1.0, *norm),
+        lambda: scatter.scatter_tokens(x, indices, tokens),
+        lambda: scatter.scatter_tokens_(x, indices, tokens),
+        lambda: scatter.expand_tokens(tokens, indices, T),
+        lambda: scatter.scatter_add_tokens(x, indices, tokens, branch, vector, 1.0),
+        lambda: scatter.scatter_add_tokens_(x, indices, tokens, branch, vector, 1.0),
+        lambda: norm_backward.gather_norm_backward(branch, x, indices, vector, 1e-6),
+        lambda: token_cut_loss(x, x, indices, 1 / 48, 1, "both"),
+        lambda: token_cut_loss_backward(scores[0, 0], x, x, indices, scores, scores, 1 / 48, 1, "both"),
+    )
+    configs = {"token_cut_loss": FORWARD_CONFIGS, "token_cut_loss_backward": BACKWARD_CONFIGS}
+    found = []
+    for launch in (launch for call in calls for launch in record(call)):
+        tuned = configs.get(launch.name)
+        found += [launch.configured(config) for config in tuned] if tuned else [launch]
+    return found
+
+
+def compile_launch(launch: Launch, architecture: int) -> Usage:
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        dict(launch.constants),
+        {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
+    registers, stack, local = map(int, found.groups())
+    return Usage(architecture, registers, stack, local, binary.metadata.shared)
+
+
+def _compile(job: tuple[int, int, int]) -> Usage:
+    shape, index, architecture = job
+    return compile_launch(_all_launches(shape)[index], architecture)
+
+
+@functools.cache
+def _all_launches(shape: int) -> list[Launch]:
+    return launches(SHAPES[shape])
+
+
+def table(architectures: Iterable[int] = ARCHITECTURES, workers: int = 2) -> Iterator[tuple[str, Launch, Usage]]:
+    """Model, launch and usage of every kernel. What several models share is compiled once."""
+    jobs: dict[tuple[Launch, int], tuple[int, int, int]] = {}
+    rows = []
+    for architecture in architectures:
+        for i, shape in enumerate(SHAPES):
+            for j, launch in enumerate(_all_launches(i)):
+                jobs.setdefault((launch, architecture), (i, j, architecture))
+                rows.append((shape.name, launch, architecture))
+    # A spawned worker imports the kernels itself: CUDA and Triton state do not survive a fork.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        usages = dict(zip(jobs, pool.map(_compile, jobs.values()), strict=True))
+    for name, launch, architecture in rows:
+        yield name, launch, usages[launch, architecture]
+
+
+def lines(rows: Iterable[tuple[str, Launch, Usage]]) -> Iterator[str]:
+    yield f"{'model':14} {'kernel':24} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'local':>5} {'shared':>6}"
+    for model, launch, usage in rows:
+        yield (
+            f"{model:14} {launch.name:24} {usage.architecture:4} {dict(launch.options)['num_warps']:5} "
+            f"{usage.registers:9} {usage.stack:5} {usage.local:5} {usage.shared:6}"
+        )
+
+
+if __name__ == "__main__":
+    for line in lines(table()):
+        print(line, flush=True)

@@ -1,0 +1,118 @@
+"""gather_tokens and gather_add_norm: the kept rows into a compact buffer."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import STREAM_PROGRAMS, contiguous_channels, launch, row_tile, walk
+from .rows import add_branch, branch_factor, center_rows, parameter, widen
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def _gather_tokens(
+    x,  # [B, T, C], channels contiguous
+    indices,  # [B, n]
+    out,  # [B, n, C]
+    n,
+    steps,
+    batch_stride,
+    token_stride,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    programs = tl.cdiv(n, ROWS * steps)
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * ROWS * steps
+    columns = tl.arange(0, BLOCK_C)
+    for step in range(steps):
+        slots = first + step * ROWS + tl.arange(0, ROWS)
+        token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
+        mask = (slots < n)[:, None] & (columns < C)[None, :]
+        source = image * batch_stride + token * token_stride
+        row = tl.load(x + source[:, None] + columns[None, :], mask=mask, other=0.0)
+        tl.store(out + (image * n + slots)[:, None] * C + columns[None, :], row, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def _gather_add_norm(
+    x,  # [B, T, C], channels contiguous
+    indices,  # [B, n]
+    branch,  # [B, n, C]
+    gamma,  # [C] or None
+    weight,  # [C] or None
+    bias,  # [C] or None
+    tokens,  # [B, n, C]
+    normed,  # [B, n, C]
+    n,
+    steps,
+    batch_stride,
+    token_stride,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    programs = tl.cdiv(n, ROWS * steps)
+    image = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * ROWS * steps
+    columns = tl.arange(0, BLOCK_C)
+    in_row = columns < C
+    stored_type: tl.constexpr = tokens.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if stored_type == tl.float64 else tl.float32
+    factor = branch_factor(gamma, columns, in_row, SCALE, stored_type)
+    w = parameter(weight, columns, in_row, 1.0, dtype)
+    b = parameter(bias, columns, in_row, 0.0, dtype)
+    for step in range(steps):
+        slots = first + step * ROWS + tl.arange(0, ROWS)
+        token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
+        mask = (slots < n)[:, None] & in_row[None, :]
+        source = image * batch_stride + token * token_stride
+        compact = (image * n + slots)[:, None] * C + columns[None, :]
+        row = tl.load(x + source[:, None] + columns[None, :], mask=mask, other=0.0)
+        added = tl.load(branch + compact, mask=mask, other=0.0)
+        stored = add_branch(row, added, factor, stored_type)
+        tl.store(tokens + compact, stored, mask=mask)
+        # The norm sees the tokens as stored: they are what the block's second residual adds to.
+        centered, rstd = center_rows(widen(stored), in_row, C, EPS)
+        result = centered * rstd[:, None] * w[None, :] + b[None, :]
+        tl.store(normed + compact, result.to(stored_type), mask=mask)
+
+
+def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
+    x, indices = contiguous_channels(x), indices.contiguous()
+    (B, n), C = indices.shape, x.shape[2]
+    out = x.new_empty((B, n, C))
+    tile = row_tile(C)
+    steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
+    launch(_gather_tokens, programs, x.device, x, indices, out, n, steps, x.stride(0), x.stride(1), **tile)
+    return out
+
+
+def gather_add_norm(
+    x: Tensor,
+    indices: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    x, indices, branch = contiguous_channels(x), indices.contiguous(), branch.contiguous()
+    gamma, norm_weight, norm_bias = (None if p is None else p.contiguous() for p in (gamma, norm_weight, norm_bias))
+    (B, n), C = indices.shape, x.shape[2]
+    tokens, normed = x.new_empty((B, n, C)), x.new_empty((B, n, C))
+    tile = row_tile(C)
+    steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
+    launch(
+        _gather_add_norm, programs, x.device,
+        x, indices, branch, gamma, norm_weight, norm_bias, tokens, normed, n, steps, x.stride(0), x.stride(1),
+        SCALE=scale, EPS=eps, **tile,
+    )  # fmt: skip
+    return tokens, normed

@@ -1,0 +1,295 @@
+"""Dense timm against IdleViT: throughput of the whole model, and one idle block over its dense floor."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .block import IdleBlock
+from .complexity import count_macs
+from .errors import value_error
+from .models import apply_idle, idle_blocks
+from .schedule import check_ratio, num_kept
+from .timing import Interrupted, Timing, alternate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Progress = Callable[[str, float], None]  # what is running, and the share of the whole that is done
+
+_MIN_ROUNDS = 3
+_EQUAL_SHARE = 0.12  # of the time goes to all batch sizes alike, the rest by the number of images
+_MODEL_SHARE = 0.78  # of the time at a batch size; the single blocks get the rest, for about as many rounds
+_NUM_INPUTS = 3  # each call takes the next one, so that none finds its input in the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+    """One variant of the model at one batch size.
+
+    Attributes:
+        keep_ratio: None for the dense model.
+        macs: of one image.
+        images_per_second, p20, p80: from the median and the percentiles of the time of a batch.
+        samples: how often it was measured.
+        speedup: over the dense model in eager mode.
+        speedup_compiled: over the compiled dense model; None if nothing was compiled.
+        mac_bound: MACs of the dense model over those of this one.
+        share_of_bound: speed-up over the dense model of the same mode, eager or compiled, over ``mac_bound``.
+    """
+
+    batch: int
+    keep_ratio: float | None
+    compiled: bool
+    macs: int
+    images_per_second: float
+    p20: float
+    p80: float
+    samples: int
+    speedup: float
+    speedup_compiled: float | None
+    mac_bound: float
+    share_of_bound: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockRow:
+    """The idle block named ``block`` on [B, T, C] and timm's dense block on [B, P + K, C], its floor, in eager mode."""
+
+    batch: int
+    keep_ratio: float  # of the model
+    block: str
+    num_tokens: int  # T
+    num_prefix_tokens: int  # P
+    num_keep: int  # K
+    idle: Timing
+    dense: Timing
+    overhead: float
+
+
+@dataclasses.dataclass
+class Result:
+    models: list[ModelRow] = dataclasses.field(default_factory=list)
+    blocks: list[BlockRow] = dataclasses.field(default_factory=list)
+    complete: bool = False
+
+
+class ModelBenchmark:
+    """A timm model, dense and idle at each keep ratio, all on one set of random weights.
+
+    Args:
+        model: name of a timm model.
+        keep_ratios, batches: what to measure.
+        image_size: height and width of the images; None for the model's own.
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or "cuda:<index>"; None for the best there is.
+        compiled: measure every model under torch.compile as well.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, or a model that cannot idle; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        keep_ratios: Sequence[float],
+        batches: Sequence[int],
+        image_size: int | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        compiled: bool = False,
+    ):
+        ratios = [check_ratio("bench", ratio) for ratio in dict.fromkeys(keep_ratios)]
+        if min(batches) < 1:
+            raise value_error("bench", "batch", "at least 1", min(batches))
+        if dtype not in DTYPES:
+            raise value_error("bench", "dtype", f"one of {', '.join(DTYPES)}", dtype)
+        self.device = _device(device)
+        self.batches = list(dict.fromkeys(batches))
+        self.compiled = compiled
+        self.dense, self.input_size = _create(model, image_size)
+        self.dense.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
+        self.idle = {ratio: apply_idle(_sharing_weights(self.dense), ratio) for ratio in ratios}
+        try:
+            self.macs = {ratio: count_macs(m, self.input_size).total for ratio, m in self._models().items()}
+        except (AssertionError, RuntimeError) as error:  # of the first forward pass
+            raise ValueError(f"bench: {model} cannot take images of {self.input_size}: {error}") from error
+
+    def backend(self) -> str:
+        """The backend that the idle blocks run on."""
+        op, x = "gather_tokens", next(self.dense.parameters()).new_empty((1, 1, 1))
+        indices = torch.zeros((1, 1), device=self.device, dtype=torch.int64)
+        kernel = backends.kernel(op, backends.resolve("auto"), (x, indices))
+        return next(name for name in backends.BACKENDS if getattr(backends.module(name), op) is kernel)
+
+    @torch.inference_mode()
+    def run(self, seconds: float, on_progress: Progress = lambda label, done: None) -> Result:
+        """Measures for about ``seconds``; for longer if three rounds of everything take longer.
+
+        On Ctrl-C it returns what has been measured so far; ``complete`` is then False.
+        """
+        result = Result()
+        try:
+            plan = self._plan(seconds)
+            steps = _Steps(sum(plan.values()), on_progress)
+            for batch, share in plan.items():
+                self._measure_models(result, batch, _MODEL_SHARE * share, steps)
+                self._measure_blocks(result, batch, (1 - _MODEL_SHARE) * share, steps)
+            result.complete = True
+        except KeyboardInterrupt:
+            pass
+        return result
+
+    def _models(self) -> dict[float | None, nn.Module]:
+        models: dict[float | None, nn.Module] = {None: self.dense}
+        return models | self.idle
+
+    def _plan(self, seconds: float) -> dict[int, float]:
+        """Seconds for each batch size: large ones need most, and small ones, being noisy, more than their part."""
+        equal = _EQUAL_SHARE / len(self.batches)
+        return {b: seconds * (equal + (1 - _EQUAL_SHARE) * b / sum(self.batches)) for b in self.batches}
+
+    def _calls(self, models: dict[Any, Any], shape: tuple[int, ...]) -> dict[Any, Callable[[], Any]]:
+        """A call of each model on the next of a few inputs."""
+        like = next(self.dense.parameters())
+        inputs = [torch.randn(shape, device=like.device, dtype=like.dtype) for _ in range(_NUM_INPUTS)]
+
+        def call(model: nn.Module) -> Callable[[], Any]:
+            rotation = itertools.cycle(inputs)
+            return lambda: model(next(rotation))
+
+        return {key: call(model) for key, model in models.items()}
+
+    def _measure_models(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
+        variants: dict[Any, Any] = {(ratio, False): model for ratio, model in self._models().items()}
+        if self.compiled:
+            # All models share the code of one forward: past dynamo's limit of compilations it would give up.
+            torch.compiler.reset()
+            for ratio, model in self._models().items():
+                variants[ratio, True] = torch.compile(model, fullgraph=True, dynamic=False)
+        calls = self._calls(variants, (batch, *self.input_size))
+        steps.begin(f"batch {batch}, models", seconds)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=1 + len(variants)):
+                timings = alternate(calls, seconds, _MIN_ROUNDS, self.device, steps)
+        except Interrupted as interrupted:
+            self._add_models(result, batch, interrupted.timings)
+            raise
+        self._add_models(result, batch, timings)
+
+    def _add_models(self, result: Result, batch: int, timings: dict[Any, Timing]) -> None:
+        for (ratio, compiled), timing in timings.items():
+            speedups = {mode: timings[None, mode].median / timing.median for _, mode in timings}
+            bound = self.macs[None] / self.macs[ratio]
+            result.models.append(
+                ModelRow(
+                    batch=batch,
+                    keep_ratio=ratio,
+                    compiled=compiled,
+                    macs=self.macs[ratio],
+                    images_per_second=batch / timing.median,
+                    p20=batch / timing.p80,
+                    p80=batch / timing.p20,
+                    samples=timing.n,
+                    speedup=speedups[False],
+                    speedup_compiled=speedups.get(True),
+                    mac_bound=bound,
+                    share_of_bound=speedups[compiled] / bound,
+                )
+            )
+
+    def _measure_blocks(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
+        pairs = [(ratio, *pair) for ratio, model in self.idle.items() for pair in _first_of_each_stage(model)]
+        # About what a round of each costs: the kept tokens, and something that does not depend on them.
+        costs = [0.25 + idle.keep_ratio for _, _, idle in pairs]
+        for (ratio, name, idle), cost in zip(pairs, costs, strict=True):
+            _, num_tokens, channels = self._block_input_shape(name)
+            num_prefix = idle.num_prefix_tokens
+            num_keep = num_kept(idle.keep_ratio, num_tokens - num_prefix)
+            calls = self._calls({"idle": idle}, (batch, num_tokens, channels))
+            floor = {"dense": self.dense.get_submodule(name)}
+            calls |= self._calls(floor, (batch, num_prefix + num_keep, channels))
+            share = seconds * cost / sum(costs)
+            steps.begin(f"batch {batch}, blocks", share)
+            timings = alternate(calls, share, _MIN_ROUNDS, self.device, steps)
+            overhead = timings["idle"].median / timings["dense"].median
+            result.blocks.append(
+                BlockRow(batch, ratio, name, num_tokens, num_prefix, num_keep, **timings, overhead=overhead)
+            )
+
+    def _block_input_shape(self, name: str) -> tuple[int, ...]:
+        shapes: list[tuple[int, ...]] = []
+        block = self.dense.get_submodule(name)
+        with block.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape))):
+            next(iter(self._calls({"": self.dense}, (1, *self.input_size)).values()))()
+        return shapes[0]
+
+
+class _Steps:
+    """Turns the progress of one step into that of the whole, by the seconds that each is planned to take."""
+
+    def __init__(self, total: float, on_progress: Progress):
+        self.total, self.on_progress = total, on_progress
+        self.label, self.before, self.seconds = "", 0.0, 0.0
+
+    def begin(self, label: str, seconds: float) -> None:
+        self.label, self.before, self.seconds = label, self.before + self.seconds, seconds
+
+    def __call__(self, done: float) -> None:
+        self.on_progress(self.label, (self.before + done * self.seconds) / self.total)
+
+
+def _first_of_each_stage(model: nn.Module) -> list[tuple[str, IdleBlock]]:
+    """Name and module of the first idle block of each keep ratio."""
+    stages: dict[float, tuple[str, IdleBlock]] = {}
+    for name, block in idle_blocks(model).items():
+        stages.setdefault(block.keep_ratio, (name, block))
+    return list(stages.values())
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of the modules around the same parameters and buffers."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors})
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise value_error("bench", "device", "cpu, cuda or cuda:<index>", name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise value_error("bench", "device", f"one that there is (PyTorch finds {count} CUDA GPUs here)", name)
+    return device
+
+
+def _create(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The timm model with random weights, and the size of its input."""
+    import timm
+
+    if not timm.is_model(name):
+        names = timm.list_models()
+        close = [known for known in names if name in known][:3] or difflib.get_close_matches(name, names)
+        hint = f"close to it: {', '.join(close)}" if close else "timm.list_models() lists them"
+        raise value_error("bench", "model", f"the name of a timm model ({hint})", name)
+    if image_size is not None and image_size < 1:
+        raise value_error("bench", "image_size", "at least 1", image_size)
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+    except TypeError as error:
+        raise TypeError(f"bench: timm cannot make {name} with {options}: {error}") from error
+    channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
+    return model, (channels, image_size or height, image_size or width)

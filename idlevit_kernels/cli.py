@@ -1,0 +1,246 @@
+"""The command line: ``idlevit`` or ``python -m idlevit_kernels``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .benchmark import ModelRow, Result
+
+app = typer.Typer(
+    help="Vision Transformers whose tokens idle instead of being dropped (IdleViT), made fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    app(prog_name="idlevit")
+
+
+@contextlib.contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turns the error that an argument caused into one line and exit code 2."""
+    from .errors import BackendError
+
+    try:
+        yield
+    except (BackendError, OSError, TypeError, ValueError) as error:
+        print(f"idlevit: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Shows versions, devices, the backends (usable, or every reason why not), the build and the settings."""
+    from .info import collect
+
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        Console(highlight=False).print(_info_text(facts))
+
+
+def _info_text(facts: dict[str, Any]) -> Group:
+    env, isa = facts["environment"], facts["cpu_instruction_set"]
+    cuda = env["cuda"]
+    gpus = [f"{d['name']}, compute capability {d['capability']}, {d['memory_gib']} GiB" for d in cuda["devices"]]
+    machine = {
+        "idlevit_kernels": env["version"] + (f" (commit {env['commit']})" if env["commit"] else ""),
+        "Python": f"{env['python']} on {env['platform']}",
+        **{name: env[name] or "not installed" for name in ("torch", "triton", "timm")},
+        "CUDA": f"PyTorch is built for {cuda['torch_built_for'] or 'no CUDA'}; driver {cuda['driver'] or 'not found'}",
+        "GPU": "\n".join(gpus) or "PyTorch finds none",
+        "CPU": f"{env['cpu']}, {env['threads']} threads",
+        "CPU kernels": f"{isa['in_use'] or 'not available'} in use; of {', '.join(isa['available']) or 'none'}",
+        "CPU torch": isa["torch"],
+    }
+    backends = {
+        name: Text("usable", "green")
+        if backend["usable"]
+        else Text.assemble(("not usable", "yellow"), *(f"\n- {reason}" for reason in backend["reasons"]))
+        for name, backend in facts["backends"].items()
+    }
+    build = {name: json.dumps(value) for name, value in facts["build"].items()}
+    variables = {
+        name: Text.assemble("not set" if v["value"] is None else repr(v["value"]), (f"\n{v['meaning']}", "dim"))
+        for name, v in facts["variables"].items()
+    }
+    return Group(
+        _section("Installed", machine),
+        _section("Backends, in the order that 'auto' tries them", backends),
+        _section("Build of the native extension", build or {"": "nothing recorded"}),
+        _section("Environment variables", variables),
+    )
+
+
+def _section(title: str, lines: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, min_width=18)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        table.add_row(f"  {name}", value if isinstance(value, Text) else Text(str(value)))
+    table.add_row()
+    return table
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="Name of a timm VisionTransformer.")] = "deit_small_patch16_224",
+    keep_ratio: Annotated[list[float], typer.Option(help="Repeat it for several.")] = [0.9, 0.8, 0.7, 0.6, 0.5],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Images in a batch; repeat it for several.")] = [1, 8, 32],  # noqa: B006
+    image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:INDEX; by default the best there is.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Measure torch.compile of all models too; compiling takes minutes.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="Time to measure for, if three rounds of all fit into it.")] = 92.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")
+    ] = None,
+) -> None:
+    """Times dense timm and IdleViT in alternation, with random weights: images per second, and what limits them."""
+    import torch
+
+    from .benchmark import ModelBenchmark
+    from .errors import value_error
+    from .info import device_name, environment
+
+    with contextlib.ExitStack() as stack:
+        with _bad_input():
+            if not seconds > 0:
+                raise value_error("bench", "seconds", "more than 0", seconds)
+            if threads is not None:
+                if threads < 1:
+                    raise value_error("bench", "threads", "at least 1", threads)
+                torch.set_num_threads(threads)
+            temporary = json_file and stack.enter_context(_temporary_beside(json_file))
+            benchmark = ModelBenchmark(model, keep_ratio, batch, image_size, dtype, device, compiled)
+            facts = {
+                "command": shlex.join(["idlevit", *sys.argv[1:]]),
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "model": model,
+                "input_size": benchmark.input_size,
+                "dtype": dtype,
+                "device": str(benchmark.device),
+                "device_name": device_name(benchmark.device),
+                "backend": benchmark.backend(),
+                "environment": environment(),
+            }
+        with _progress() as on_progress:
+            result = benchmark.run(seconds, on_progress)
+        Console(highlight=False).print(_bench_text(facts, result))
+        if json_file and temporary:
+            temporary.write_text(json.dumps({**facts, **dataclasses.asdict(result)}, indent=2) + "\n")
+            os.replace(temporary, json_file)
+    if not result.complete:
+        raise typer.Exit(130)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """An empty file to write and then move to ``path``; made now, so that a bad path shows before the work."""
+    if path.is_dir():
+        raise IsADirectoryError(f"bench: --json must be a file, got the directory {path}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise type(error)(f"bench: --json must be a file that can be written, got {path}: {error.strerror}") from None
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    columns = TextColumn("{task.description:<17}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("warming up", total=1.0)
+        yield lambda label, done: progress.update(task, description=label, completed=done)
+
+
+def _bench_text(facts: dict[str, Any], result: Result) -> Group:
+    env = facts["environment"]
+    size = "x".join(map(str, facts["input_size"]))
+    header = Text(
+        f"{facts['model']}, {size}, {facts['dtype']}, {facts['backend']} backend, {facts['device_name']}, "
+        f"{env['threads']} CPU threads\nidlevit_kernels {env['version']}, torch {env['torch']}, timm {env['timm']}"
+    )
+    if not result.complete:
+        header.append("\nPARTIAL: interrupted before everything was measured", "bold red")
+    legend = Text(
+        "images/s: median of alternated calls, 20th to 80th percentile. Speed-up: over dense timm. MAC bound: MACs of"
+        " dense over those of idle. Reached: speed-up over MAC bound. Block overhead: the idle block on all tokens over"
+        " timm's dense block on only the kept ones, in each stage of idle layers.",
+        "dim",
+    )
+    return Group(header, "", _bench_table(result), "", legend)
+
+
+def _bench_table(result: Result) -> Table:
+    compiled = any(row.compiled for row in result.models)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("batch", justify="right")
+    table.add_column("keep\nratio")
+    if compiled:
+        table.add_column("mode")
+    for title in ("GMACs", "images/s", "p20-p80", "speed-\nup", *(("over\ncompiled",) if compiled else ())):
+        table.add_column(title, justify="right")
+    for title in ("MAC\nbound", "reached"):
+        table.add_column(title, justify="right")
+    table.add_column("block overhead\nby stage", justify="right")
+    overheads: dict[tuple[int, float], list[str]] = {}
+    for block in result.blocks:
+        overheads.setdefault((block.batch, block.keep_ratio), []).append(f"{block.overhead:.2f}")
+    previous = None
+    for row in result.models:
+        if previous and row.batch != previous.batch:
+            table.add_section()
+        table.add_row(
+            str(row.batch) if not previous or row.batch != previous.batch else "",
+            *_bench_cells(row, compiled),
+            "" if row.compiled else " ".join(overheads.get((row.batch, row.keep_ratio or 0.0), [])),
+        )
+        previous = row
+    return table
+
+
+def _bench_cells(row: ModelRow, compiled: bool) -> list[str]:
+    digits = 1 if row.images_per_second < 1000 else 0
+    dense = row.keep_ratio is None
+    over_compiled = "" if row.speedup_compiled is None else f"{row.speedup_compiled:.2f}x"
+    return [
+        "dense" if dense else f"{row.keep_ratio:g}",
+        *(["compiled" if row.compiled else "eager"] if compiled else []),
+        f"{row.macs / 1e9:.3f}",
+        f"{row.images_per_second:.{digits}f}",
+        f"{row.p20:.{digits}f}-{row.p80:.{digits}f}",
+        f"{row.speedup:.2f}x",
+        *([over_compiled] if compiled else []),
+        "" if dense else f"{row.mac_bound:.2f}x",
+        "" if dense else f"{row.share_of_bound:.0%}",
+    ]

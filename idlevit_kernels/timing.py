@@ -1,0 +1,106 @@
+"""Times calls against each other in one run: round-robin, so that whatever else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+# A sample lasts at least this long, by repeating the call; it keeps a GPU's queue filled and hides the clock's cost.
+MIN_SAMPLE_SECONDS = 5e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median, 20th and 80th percentile of n samples."""
+
+    median: float
+    p20: float
+    p80: float
+    n: int
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Timing:
+        if len(samples) == 1:
+            return Timing(samples[0], samples[0], samples[0], 1)
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return Timing(statistics.median(samples), fifths[0], fifths[-1], len(samples))
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during ``alternate``; ``timings`` holds what every call has at least one sample of, else it is empty."""
+
+    def __init__(self, timings: dict[str, Timing]):
+        super().__init__()
+        self.timings = timings
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    min_rounds: int = 5,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, Timing]:
+    """Times every call once a round, in a new order each round, after one round of warm-up.
+
+    Args:
+        calls: what to time, by name. Each call should take its input from a small rotating set.
+        seconds: how long to go on, to the nearest round, warm-up included.
+        min_rounds: rounds to measure even if they take longer than that.
+        device: where the work runs; a GPU is synchronised before and after each sample.
+        on_progress: told the share of the work that is done, in [0, 1], after each sample.
+
+    Raises:
+        Interrupted: on Ctrl-C, with what has been measured.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    synchronize = (lambda: None) if on_cpu else functools.partial(torch.accelerator.synchronize, device)
+    order, shuffle = list(calls), random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats = dict.fromkeys(calls, 1)
+    begin = time.perf_counter()
+    least = len(calls) * (1 + min_rounds)
+    done = 0
+
+    def elapsed() -> float:
+        return time.perf_counter() - begin
+
+    def timed(name: str) -> float:
+        nonlocal done
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats[name]):
+            calls[name]()
+        synchronize()
+        duration = time.perf_counter() - start
+        done += 1
+        on_progress(min(done / least, elapsed() / max(seconds, 1e-9), 1.0))
+        return duration
+
+    try:
+        for name in calls:
+            timed(name)
+        rounds, round_seconds = 0, 0.0
+        while rounds < min_rounds or elapsed() + round_seconds / 2 < seconds:
+            round_begin = elapsed()
+            shuffle(order)  # no call always runs after the same other one
+            for name in order:
+                duration = timed(name)
+                samples[name].append(duration / repeats[name])
+                if duration < MIN_SAMPLE_SECONDS:
+                    repeats[name] = math.ceil(repeats[name] * MIN_SAMPLE_SECONDS / max(duration, 1e-7))
+            rounds, round_seconds = rounds + 1, elapsed() - round_begin
+    except KeyboardInterrupt:
+        raise Interrupted(_summary(samples) if all(samples.values()) else {}) from None
+    return _summary(samples)
+
+
+def _summary(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    return {name: Timing.of(values) for name, values in samples.items()}

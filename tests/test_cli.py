@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from idlevit_kernels import __version__, benchmark, env, timing
+from idlevit_kernels.backends import BACKENDS
+from idlevit_kernels.cli import app
+
+SMALL = ["--model", "deit_tiny_patch16_224", "--image-size", "64", "--seconds", "0.5", "--device", "cpu"]
+
+
+def run(*arguments: str, code: int = 0):
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, arguments)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_module_runs_and_lists_the_commands():
+    done = subprocess.run([sys.executable, "-m", "idlevit_kernels", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "info" in done.stdout and "bench" in done.stdout
+
+
+def test_info_text_names_versions_backends_and_variables():
+    text = run("info").stdout
+    for name in (__version__, torch.__version__, *BACKENDS, *env.VARIABLES):
+        assert name in text
+
+
+def test_info_json_gives_every_reason(monkeypatch):
+    monkeypatch.setenv("IDLEVIT_BACKEND", "auto")
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["environment"]["torch"] == torch.__version__
+    assert list(facts["backends"]) == list(BACKENDS)
+    assert facts["backends"]["reference"] == {"usable": True, "reasons": []}
+    for backend in facts["backends"].values():
+        assert backend["usable"] == (not backend["reasons"])
+    assert facts["variables"]["IDLEVIT_BACKEND"]["value"] == "auto"
+
+
+def test_info_tells_of_a_backend_that_breaks(monkeypatch):
+    from idlevit_kernels.backends import reference
+
+    def broken():
+        raise OSError("no such library")
+
+    monkeypatch.setattr(reference, "installed", broken)
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["backends"]["reference"] == {"usable": False, "reasons": ["OSError: no such library"]}
+
+
+def test_bench_writes_consistent_figures(tmp_path, keep_threads):
+    path = tmp_path / "bench.json"
+    options = ["--batch", "2", "--batch", "1", "--keep-ratio", "0.7", "--threads", "1", "--json", str(path)]
+    text = run("bench", *SMALL, *options).stdout
+    facts = json.loads(path.read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]  # no temporary file is left
+    assert facts["complete"] and "PARTIAL" not in text
+    assert facts["input_size"] == [3, 64, 64]
+    assert facts["device"] == "cpu" and facts["environment"]["threads"] == 1
+
+    rows = facts["models"]
+    assert [(row["batch"], row["keep_ratio"]) for row in rows] == [(2, None), (2, 0.7), (1, None), (1, 0.7)]
+    dense = {row["batch"]: row for row in rows if row["keep_ratio"] is None}
+    for row in rows:
+        floor = dense[row["batch"]]
+        assert row["samples"] >= 3
+        assert row["p20"] <= row["images_per_second"] <= row["p80"]
+        assert row["speedup"] == pytest.approx(row["images_per_second"] / floor["images_per_second"])
+        assert row["speedup_compiled"] is None
+        assert row["mac_bound"] == pytest.approx(floor["macs"] / row["macs"])
+        assert row["share_of_bound"] == pytest.approx(row["speedup"] / row["mac_bound"])
+        assert f"{row['images_per_second']:.1f}" in text or row["images_per_second"] >= 1000
+
+    # 4 x 4 patches: K = int(16 * 0.7^stage)
+    assert [(row["batch"], row["num_keep"]) for row in facts["blocks"]] == [(b, k) for b in (2, 1) for k in (11, 7, 5)]
+    for row in facts["blocks"]:
+        assert (row["num_tokens"], row["num_prefix_tokens"]) == (17, 1)
+        assert row["overhead"] == pytest.approx(row["idle"]["median"] / row["dense"]["median"])
+        assert row["idle"]["p20"] <= row["idle"]["median"] <= row["idle"]["p80"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model", "deit_smal"], "deit_small_patch16_224"),
+        (["--model", "deit_smoll_patch16_224"], "deit_small_patch16_224"),
+        (["--model", "resnet18"], "timm VisionTransformer"),
+        (["--model", "resnet18", "--image-size", "64"], "img_size"),
+        (["--keep-ratio", "0"], "(0, 1]"),
+        (["--keep-ratio", "1.5"], "(0, 1]"),
+        (["--batch", "0"], "at least 1"),
+        (["--image-size", "8"], "(3, 8, 8)"),
+        (["--image-size", "0"], "at least 1"),
+        (["--dtype", "int8"], "float32, bfloat16, float16"),
+        (["--device", "tpu"], "cpu, cuda or cuda:<index>"),
+        (["--device", "cuda:99"], "one that there is"),
+        (["--threads", "0"], "at least 1"),
+        (["--seconds", "0"], "more than 0"),
+        (["--json", "."], "directory"),
+        (["--json", "missing/bench.json"], "missing/bench.json"),
+    ],
+)
+def test_bench_refuses_bad_input_in_one_line(options, expected):
+    result = run("bench", *options, code=2)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("idlevit: ")
+    assert expected in line and (options[-1] in line or "resnet" in line)
+
+
+def test_bench_interrupted_marks_its_figures_as_partial(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise timing.Interrupted(timing.alternate(*args))
+
+    monkeypatch.setattr(benchmark, "alternate", interrupted)
+    path = tmp_path / "bench.json"
+    result = run("bench", *SMALL, "--batch", "1", "--batch", "2", "--keep-ratio", "0.5", "--json", str(path), code=130)
+    assert "PARTIAL" in result.stdout
+    facts = json.loads(path.read_text())
+    assert facts["complete"] is False
+    assert [(row["batch"], row["keep_ratio"]) for row in facts["models"]] == [(1, None), (1, 0.5)]
+    assert facts["blocks"] == []
+
+
+def test_alternate_gives_what_it_has_when_interrupted():
+    count = 0
+
+    def call():
+        nonlocal count
+        count += 1
+        if count == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(timing.Interrupted) as raised:
+        timing.alternate({"a": call, "b": lambda: time.sleep(1e-3)}, 60)
+    assert set(raised.value.timings) == {"a", "b"}
+
+
+def test_alternate_samples_all_calls_alike():
+    seconds = {"short": 1e-3, "long": 8e-3}
+    progress: list[float] = []
+    timings = timing.alternate(
+        {name: lambda s=s: time.sleep(s) for name, s in seconds.items()}, 0.3, 5, on_progress=progress.append
+    )
+    assert timings["short"].n == timings["long"].n >= 5
+    for name, s in seconds.items():
+        assert s <= timings[name].p20 <= timings[name].median <= timings[name].p80
+    assert progress == sorted(progress) and 0 < progress[0] and progress[-1] <= 1
+
+
+def test_benchmarked_models_share_their_weights():
+    bench = benchmark.ModelBenchmark("deit_tiny_patch16_224", [0.5], [1], image_size=32, device="cpu")
+    dense, idle = dict(bench.dense.named_parameters()), dict(bench.idle[0.5].named_parameters())
+    assert dense.keys() == idle.keys() and all(dense[name] is idle[name] for name in dense)

@@ -1,0 +1,151 @@
+"""The compact form equals the paper's training form (arXiv 2310.05654, section 3), in value and in gradient.
+
+That form is written out here: attention over all tokens with the keys of idle tokens at -1e5 before the softmax, both
+branches multiplied by the 0/1 mask, selection by the raw attention logits averaged over heads.
+"""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import idlevit_kernels as ik
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def masked_block(x: Tensor, block: nn.Module, num_keep: int, num_prefix_tokens: int, scorer: str) -> Tensor:
+    attn = block.attn
+    B, T, _ = x.shape
+    qkv = attn.qkv(block.norm1(x)).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k, v = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]  # each [B, H, T, head_dim]
+    logits = q @ k.transpose(-2, -1)  # [B, H, T, T]
+    scores = logits.mean(1)[:, 0] if scorer == "cls" else logits.mean((1, 2))  # [B, T]
+    kept = scores[:, num_prefix_tokens:].topk(num_keep).indices + num_prefix_tokens
+    mask = torch.zeros_like(scores).scatter(1, kept, 1.0)
+    mask[:, :num_prefix_tokens] = 1.0
+
+    masked = (logits * attn.scale).masked_fill(mask[:, None, None, :] == 0, -1e5)
+    branch = attn.norm((masked.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1))
+    x = x + mask[..., None] * block.drop_path1(block.ls1(attn.proj(branch)))
+    return x + mask[..., None] * block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+
+def masked_form(model: nn.Module, image: Tensor, schedule: list[float], scorer: str) -> Tensor:
+    """The logits of the dense model, run as the paper trains it."""
+    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
+    P = model.num_prefix_tokens
+    for block, ratio in zip(model.blocks, schedule, strict=True):
+        x = block(x) if ratio == 1 else masked_block(x, block, max(1, int(ratio * (x.shape[1] - P))), P, scorer)
+    return model.forward_head(model.norm(x))
+
+
+SMALL = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7, "drop_path_rate": 0.3}
+MODELS = {
+    "tiny": ("vit_tiny_patch16_224", SMALL),
+    "deit, 12 layers": ("deit_tiny_patch16_224", {"num_classes": 7, "img_size": 48, "drop_path_rate": 0.1}),
+    "distilled": ("deit_tiny_distilled_patch16_224", SMALL),
+    "DeiT-III": ("deit3_small_patch16_224", SMALL),
+    "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"img_size": 56, "global_pool": "avg"}),
+    "CLIP": ("vit_base_patch16_clip_quickgelu_224", SMALL),
+    "average": ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg"}),
+    "attention pooling": ("vit_base_patch16_siglip_224", SMALL | {"img_size": 96}),
+    "registers alone": ("vit_tiny_patch16_224", SMALL | {"class_token": False, "global_pool": "avg", "reg_tokens": 2}),
+    "norms on q, k": ("vit_tiny_patch16_224", SMALL | {"qk_norm": True, "class_token": False, "global_pool": "avg"}),
+    "norms everywhere": ("vit_tiny_patch16_224", SMALL | {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "no biases": ("vit_tiny_patch16_224", SMALL | {"qkv_bias": False, "proj_bias": False, "norm_layer": "rmsnorm"}),
+}
+
+
+def make(name: str) -> nn.Module:
+    timm_name, kwargs = MODELS[name]
+    model = timm.create_model(timm_name, **kwargs).double()
+    with torch.no_grad():  # fresh weights are so small that every logit is nearly equal
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
+    return model
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A distilled model in training returns two logits."""
+    return torch.cat(result) if isinstance(result, tuple) else result
+
+
+def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    limit = 1e-10 * max(1.0, float(wanted.detach().abs().max()))
+    error = float((found - wanted).detach().abs().max())
+    assert error <= limit, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "name, ratio",
+    [
+        (name, ratio)
+        for name in MODELS
+        for ratio in ([0.9, 0.7, 0.5, 0.3] if name in ("tiny", "distilled") else [0.7, 0.3])
+    ],
+)
+def test_logits_and_all_gradients(name: str, ratio: float, training: bool) -> None:
+    model = make(name).train(training)
+    image = torch.randn(3, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    schedule = ik.idle_schedule(len(model.blocks), ratio)
+    scorer = "cls" if model.has_class_token else "mean"
+
+    torch.manual_seed(1)  # of stochastic depth
+    wanted = outputs(masked_form(model, image, schedule, scorer))
+    wanted_grads = gradients(model, wanted)
+
+    ik.apply_idle(model, keep_ratio=ratio)
+    for backend in ("cpu", "reference"):
+        with ik.use_backend(backend):
+            torch.manual_seed(1)
+            found = outputs(model(image))
+            assert_equal(found, wanted, f"logits on {backend}")
+            found_grads = gradients(model, found)
+            with torch.no_grad():
+                torch.manual_seed(1)
+                assert_equal(outputs(model(image)), wanted, f"logits without gradients on {backend}")
+    assert found_grads.keys() == wanted_grads.keys()
+    for key, grad in wanted_grads.items():
+        assert (grad is None) == (found_grads[key] is None), key
+        if grad is not None:
+            assert_equal(found_grads[key], grad, f"gradient of {key}")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_schedule_that_skips_layers(training: bool) -> None:
+    """Tokens that idled in one layer are picked up in a later one."""
+    model = make("tiny").train(training)
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    schedule = [0.25, 1.0, 0.5, 0.1]
+    torch.manual_seed(1)
+    wanted = masked_form(model, image, schedule, "mean")
+    torch.manual_seed(1)
+    assert_equal(ik.apply_idle(model, schedule=schedule, scorer="mean")(image), wanted, "logits")
+
+
+def test_float32() -> None:
+    model = make("deit, 12 layers").eval()
+    image = torch.randn(4, 3, 48, 48)
+    with torch.no_grad():
+        wanted = masked_form(model, image.double(), ik.idle_schedule(12, 0.7), "cls")
+        found = ik.apply_idle(model.float(), keep_ratio=0.7)(image)
+    assert float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1)) <= 1e-4
+
+
+def test_this_comparison_can_fail() -> None:
+    """Selection matters: another scorer gives other logits."""
+    model = make("tiny").eval()
+    image = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    wanted = masked_form(model, image, ik.idle_schedule(4, 0.5), "mean")
+    with pytest.raises(AssertionError, match="^logits"):
+        assert_equal(ik.apply_idle(model, keep_ratio=0.5)(image), wanted, "logits")

@@ -14,12 +14,22 @@ from torch import Tensor, nn
 
 from . import dense, ops
 from .backends import resolve
+from .dense import plain
 from .errors import type_error, value_error
-from .functional import check_counts, check_tensor
+from .functional import check_counts, check_integer, check_tensor, check_writable
 from .schedule import check_ratio, num_kept
 from .scoring import check_scorer, layer_norm_parameters, score_tokens
 
 _PARTS = ("norm1", "attn", "norm2", "mlp")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def idle_block(
@@ -58,35 +68,56 @@ def idle_block(
     check_tensor("idle_block", "x", x, "[B, T, C]", (None, None, None))
     check_counts("idle_block", x.shape[1], num_keep, num_prefix_tokens)
     scorer = check_scorer("idle_block", scorer, num_prefix_tokens)
-    missing = [name for name in _PARTS if not hasattr(block, name)]
-    if missing:
-        raise type_error("idle_block", "block", f"a pre-norm block with {', '.join(_PARTS)}", type(block).__name__)
+    _check_block("idle_block", block)
+    weight: Any = getattr(block.norm1, "weight", None)
+    if weight is not None and weight.shape[-1] != x.shape[2]:
+        raise value_error("idle_block", "x", f"[B, T, C] with the block's C = {weight.shape[-1]} channels", x)
+    if inplace:
+        check_writable("idle_block", x)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         raise value_error("idle_block", "inplace", "False while gradients are recorded (or use torch.no_grad)", inplace)
     out, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend))
     return (out, indices) if return_indices else out
 
 
+def _check_block(op: str, block: Any) -> None:
+    if any(not hasattr(block, name) for name in _PARTS):
+        raise type_error(op, "block", f"a pre-norm block with {', '.join(_PARTS)}", block)
+
+
+def _dense(x: Tensor, block: Any, backend: str) -> Tensor:
+    """The block on all tokens: nothing to score, gather or scatter."""
+    branch, gamma = _scale_and_drop(dense.attention(block.attn, block.norm1(x), backend), block, 1)
+    x = x + (branch if gamma is None else gamma * branch)
+    branch, gamma = _scale_and_drop(dense.mlp(block.mlp, block.norm2(x), backend), block, 2)
+    return x + (branch if gamma is None else gamma * branch)
+
+
 def _idle(
-    x: Tensor, block: nn.Module, num_keep: int, num_prefix_tokens: int, scorer: str, inplace: bool, backend: str
+    x: Tensor, block: Any, num_keep: int, num_prefix_tokens: int, scorer: str, inplace: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)  # type: ignore[arg-type]
+    if num_keep == x.shape[1] - num_prefix_tokens:
+        out = _dense(x, block, backend)
+        everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return (x.copy_(out) if inplace else out), everything
+
+    norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)
     scores = score_tokens(x, block, norm1, scorer, backend)  # [B, T]
 
     if norm1 is not None:
         indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm1, backend=backend)
     else:
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
-        y = block.norm1(ops.gather_tokens(x, indices, backend=backend))  # type: ignore[operator]
-    branch = dense.attention(block.attn, y, backend)  # type: ignore[arg-type]  # [B, n, C]
+        y = block.norm1(ops.gather_tokens(x, indices, backend=backend))
+    branch = dense.attention(block.attn, y, backend)  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 1)
     if norm2 is not None:
         tokens, y = ops.gather_add_norm(x, indices, branch, gamma, 1.0, *norm2, backend=backend)
     else:
         tokens = ops.gather_tokens(x, indices, backend=backend) + (branch if gamma is None else gamma * branch)
-        y = block.norm2(tokens)  # type: ignore[operator]
-    branch = dense.mlp(block.mlp, y, backend)  # type: ignore[arg-type]  # [B, n, C]
+        y = block.norm2(tokens)
+    branch = dense.mlp(block.mlp, y, backend)  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 2)
     if inplace:
@@ -95,19 +126,26 @@ def _idle(
     return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, 1.0, backend=backend), indices
 
 
-def _scale_and_drop(branch: Tensor, block: nn.Module, i: int) -> tuple[Tensor, Tensor | None]:
-    """The branch after stochastic depth, and LayerScale's factor for the fused kernel to apply.
+def _scale_and_drop(branch: Tensor, block: Any, i: int) -> tuple[Tensor, Tensor | None]:
+    """The branch after stochastic depth, and LayerScale's factor if the fused kernel can apply that.
 
     DropPath multiplies whole images and LayerScale whole channels, so their order does not matter.
     """
-    scale = getattr(block, f"ls{i}", None)
+    scale, drop = getattr(block, f"ls{i}", None), getattr(block, f"drop_path{i}", None)
+    commutes = drop is None or type(drop) is nn.Identity or plain(drop, "timm.layers.drop", "DropPath")
     gamma = None
-    if type(scale).__name__ == "LayerScale" and not (scale._forward_hooks or scale._forward_pre_hooks):
+    if commutes and scale is not None and plain(scale, "timm.layers.layer_scale", "LayerScale"):
         gamma = scale.gamma
     elif scale is not None:
         branch = scale(branch)
-    drop = getattr(block, f"drop_path{i}", None)
     return branch if drop is None else drop(branch), gamma
+
+
+def take_over(new: nn.Module, old: nn.Module) -> None:
+    """The mode of ``old``, and its hooks: one dictionary for both, so that a hook and its handle work on either."""
+    new.training = old.training
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
 
 
 class IdleBlock(nn.Module):
@@ -124,28 +162,60 @@ class IdleBlock(nn.Module):
 
     def __init__(self, block: nn.Module, keep_ratio: float, num_prefix_tokens: int = 1, scorer: str = "auto"):
         super().__init__()
+        _check_block("IdleBlock", block)
+        check_integer("IdleBlock", "num_prefix_tokens", num_prefix_tokens)
+        if num_prefix_tokens < 0:
+            raise value_error("IdleBlock", "num_prefix_tokens", "at least 0", num_prefix_tokens)
         self.keep_ratio = check_ratio("IdleBlock", keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.scorer = check_scorer("IdleBlock", scorer, num_prefix_tokens)
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.train(block.training)
+        take_over(self, block)
         self._block = (block,)  # in a tuple, so that it is no sub-module
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, inplace: bool = False
+    ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise value_error(
                 "IdleBlock", "attn_mask", "None, and is_causal False: idle tokens need full attention", attn_mask
             )
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
-        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer)
+        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace)
 
     def dense_block(self) -> nn.Module:
         """The block this was made from, with the present sub-modules."""
         (block,) = self._block
         for name, child in self.named_children():
             setattr(block, name, child)
-        return block.train(self.training)
+        block.training = self.training
+        return block
 
     def extra_repr(self) -> str:
         return f"keep_ratio={self.keep_ratio:g}, num_prefix_tokens={self.num_prefix_tokens}, scorer={self.scorer!r}"
+
+
+class IdleSequential(nn.Sequential):
+    """Consecutive blocks. Idle ones write into the output of the idle block before them where nobody else can see it.
+
+    That saves a copy of all idle tokens in each layer. A caller who runs the blocks one by one, as feature extraction
+    does, or who hooks a block, gets a new tensor from each.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        owned = False  # x is a buffer that only this loop knows
+        for block in self:
+            unseen = isinstance(block, IdleBlock) and not _hooked(block)
+            if isinstance(block, IdleBlock) and owned and unseen and block.keep_ratio < 1 and not _hooked(block.norm1):
+                x = block(x, inplace=True)
+            else:
+                x = block(x)
+            owned = unseen
+        return x
+
+
+def _hooked(module: Any) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)

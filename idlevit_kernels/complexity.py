@@ -72,7 +72,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) ->
     for module in on_meta.modules():  # hooks are the user's, and see real passes only
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         on_meta(torch.empty((1, *input_size), device="meta", dtype=parameter.dtype))
     counts = counter.get_flop_counts()
@@ -87,7 +87,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) ->
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Direct children, with sequences and lists opened."""
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
             found.extend((f"{name}.{key}", layer) for key, layer in child.named_children())

@@ -2,12 +2,13 @@
 
 They are the block's own modules, called. For float32 inference on a CPU, timm's plain attention and MLP run through
 oneDNN's linear instead of the BLAS that ``nn.Linear`` calls: it is a fifth faster on processors for which MKL is not
-tuned, and applies GELU while a tile of the result is in cache. Same formula, same weights, no packed copies to go stale.
+tuned, and applies GELU while a tile of the result is in cache. Same formula and weights, no packed copies to go stale.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ def plain(module: nn.Module, home: str, name: str) -> bool:
         and kind.__module__ == home
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
     )
 
 
@@ -38,7 +41,7 @@ def _use_onednn(x: Tensor, backend: str) -> bool:
         and backend != "reference"
         and not torch.compiler.is_compiling()  # a compiler fuses linear and GELU itself
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and _has_onednn_linear()
     )
 
@@ -47,62 +50,52 @@ def _plain_linear(module: nn.Module) -> bool:
     return plain(module, "torch.nn.modules.linear", "Linear")
 
 
-def _inactive(dropout: nn.Module) -> bool:
-    return not dropout.training or dropout.p == 0  # type: ignore[operator]
+def _inactive(dropout: Any) -> bool:
+    return not dropout.training or dropout.p == 0
 
 
 # A call of oneDNN costs some 20 us more than one of the BLAS; with fewer multiply-accumulates it does not pay.
 _MIN_MACS = 2**25
 
 
-def _linear(x: Tensor, layer: nn.Module, gelu: str | None = None) -> Tensor:
+def _linear(x: Tensor, layer: Any, gelu: str | None = None) -> Tensor:
     """The linear layer, and GELU of it where ``gelu`` names the approximation ("none" or "tanh")."""
     weight, bias = layer.weight, layer.bias
-    if x.numel() * weight.shape[0] < _MIN_MACS:  # type: ignore[operator, union-attr]
-        y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+    if x.numel() * weight.shape[0] < _MIN_MACS:
+        y = F.linear(x, weight, bias)
         return y if gelu is None else F.gelu(y, approximate=gelu)
-    post = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+    post: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *post)
 
 
-def attention(attn: nn.Module, x: Tensor, backend: str) -> Tensor:
+def attention(attn: Any, x: Tensor, backend: str) -> Tensor:
     """``attn(x)``: x [B, n, C] -> [B, n, C]."""
     if not (_use_onednn(x, backend) and plain(attn, "timm.layers.attention", "Attention")):
         return attn(x)
-    qkv: nn.Module
-    proj: nn.Module
-    qkv, proj = attn.qkv, attn.proj  # type: ignore[assignment]
+    qkv, proj = attn.qkv, attn.proj
     if not (
         _plain_linear(qkv)
         and _plain_linear(proj)
-        and _inactive(attn.attn_drop)  # type: ignore[arg-type]
-        and _inactive(attn.proj_drop)  # type: ignore[arg-type]
+        and _inactive(attn.attn_drop)
+        and _inactive(attn.proj_drop)
         and getattr(attn, "gate", None) is None
     ):
         return attn(x)
     B, n, _ = x.shape
-    q, k, v = _linear(x, qkv).view(B, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, n, head_dim]
-    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)  # type: ignore[operator]
-    return _linear(attn.norm(out.transpose(1, 2).reshape(B, n, -1)), proj)  # type: ignore[operator]
+    q, k, v = _linear(x, qkv).view(B, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+    return _linear(attn.norm(out.transpose(1, 2).flatten(2)), proj)
 
 
-def mlp(module: nn.Module, x: Tensor, backend: str) -> Tensor:
+def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     """``module(x)``: x [B, n, C] -> [B, n, C]."""
     if not (_use_onednn(x, backend) and plain(module, "timm.layers.mlp", "Mlp")):
         return module(x)
-    fc1: nn.Module
-    fc2: nn.Module
-    act: nn.Module
-    fc1, fc2, act = module.fc1, module.fc2, module.act  # type: ignore[assignment]
-    if not (
-        _plain_linear(fc1)
-        and _plain_linear(fc2)
-        and _inactive(module.drop1)  # type: ignore[arg-type]
-        and _inactive(module.drop2)  # type: ignore[arg-type]
-    ):
+    fc1, fc2, act = module.fc1, module.fc2, module.act
+    if not (_plain_linear(fc1) and _plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
         return module(x)
     if plain(act, "torch.nn.modules.activation", "GELU"):
-        hidden = _linear(x, fc1, act.approximate)  # type: ignore[arg-type]
+        hidden = _linear(x, fc1, act.approximate)
     else:
         hidden = act(_linear(x, fc1))
-    return _linear(module.norm(hidden), fc2)  # type: ignore[operator]
+    return _linear(module.norm(hidden), fc2)

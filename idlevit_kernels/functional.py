@@ -46,14 +46,24 @@ def _check_device(op: str, argument: str, value: Tensor, x: Tensor) -> None:
 def _check_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     _check_parameter(op, "norm_weight", weight, x)
     _check_parameter(op, "norm_bias", bias, x)
+    check_number(op, "eps", eps)
     if not eps > 0:
         raise value_error(op, "eps", "a number > 0", eps)
 
 
+def check_number(op: str, argument: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise type_error(op, argument, "a number", value)
+
+
+def check_integer(op: str, argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise type_error(op, argument, "an integer", value)
+
+
 def check_counts(op: str, num_tokens: int, num_keep: int, num_prefix_tokens: int) -> None:
-    for argument, value in (("num_keep", num_keep), ("num_prefix_tokens", num_prefix_tokens)):
-        if isinstance(value, (bool, float, str)) or value is None:
-            raise type_error(op, argument, "an integer", value)
+    check_integer(op, "num_keep", num_keep)
+    check_integer(op, "num_prefix_tokens", num_prefix_tokens)
     if not 0 <= num_prefix_tokens < num_tokens:
         raise value_error(op, "num_prefix_tokens", f"in [0, T) with T = {num_tokens} tokens", num_prefix_tokens)
     image_tokens = num_tokens - num_prefix_tokens
@@ -281,7 +291,7 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     """
     op = "scatter_tokens_"
     _check_scatter(op, x, indices, tokens)
-    _check_writable(op, x, tokens=tokens)
+    check_writable(op, x, tokens=tokens)
     if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
         return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend)))
     ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend))
@@ -295,7 +305,9 @@ def _check_scatter(op: str, x: Tensor, indices: Tensor, tokens: Tensor) -> None:
     _check_same_dtype(op, "tokens", tokens, x)
 
 
-def _check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
+def check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
+    if torch.compiler.is_compiling():  # functionalisation writes to a copy
+        return
     for argument, value in sources.items():
         if x.numel() and value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
             raise value_error(op, argument, "in other memory than x, which is overwritten (call .clone() first)", value)
@@ -321,6 +333,9 @@ def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: 
         BackendError: a named backend cannot run the call.
     """
     check_tensor("expand_tokens", "tokens", tokens, "[B, n, C]", (None, None, None))
+    check_integer("expand_tokens", "num_tokens", num_tokens)
+    if num_tokens < tokens.shape[1]:
+        raise value_error("expand_tokens", "num_tokens", f"at least n = {tokens.shape[1]}", num_tokens)
     _check_indices("expand_tokens", indices, tokens.shape[0], num_tokens, tokens)
     _check_compact("expand_tokens", "tokens", tokens, tokens, indices)
     return ops.expand_tokens(tokens, indices, num_tokens, backend=resolve(backend))
@@ -363,6 +378,7 @@ def gather_add_norm(
     _check_indices(op, indices, x.shape[0], x.shape[1], x)
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
+    check_number(op, "scale", scale)
     _check_norm(op, x, norm_weight, norm_bias, eps)
     return ops.gather_add_norm(
         x, indices, branch, gamma, float(scale), norm_weight, norm_bias, eps, backend=resolve(backend)
@@ -402,6 +418,7 @@ def scatter_add_tokens(
     _check_scatter(op, x, indices, tokens)
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
+    check_number(op, "scale", scale)
     return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, float(scale), backend=resolve(backend))
 
 
@@ -424,7 +441,8 @@ def scatter_add_tokens_(
     _check_scatter(op, x, indices, tokens)
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
-    _check_writable(op, x, tokens=tokens, branch=branch)
+    check_number(op, "scale", scale)
+    check_writable(op, x, tokens=tokens, branch=branch)
     arguments = (x, indices, tokens, branch, gamma, float(scale))
     differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
@@ -473,10 +491,10 @@ def token_cut_loss(
     if k.device != q.device:
         raise value_error(op, "k", f"on {q.device}, where q is", k)
     _check_indices(op, indices, q.shape[0], q.shape[1], q)
-    if isinstance(num_prefix_tokens, (bool, float, str)) or num_prefix_tokens is None:
-        raise type_error(op, "num_prefix_tokens", "an integer", num_prefix_tokens)
+    check_integer(op, "num_prefix_tokens", num_prefix_tokens)
     if not 0 <= num_prefix_tokens < q.shape[1]:
         raise value_error(op, "num_prefix_tokens", f"in [0, T) with T = {q.shape[1]} tokens", num_prefix_tokens)
+    check_number(op, "scale", scale)
     if kind not in ROW_WEIGHTS:
         raise value_error(op, "kind", f"one of {list(ROW_WEIGHTS)}", kind)
     loss, _, _ = ops.token_cut_loss(q, k, indices, float(scale), num_prefix_tokens, kind, backend=resolve(backend))

@@ -169,9 +169,7 @@ def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if grad is None or like is None else grad.to(like.dtype)
 
 
-def _layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias in the accumulate type."""
     acc, shape = accumulate_dtype(x.dtype), x.shape[-1:]
     x, grad = x.to(acc), grad.to(acc)
@@ -196,9 +194,8 @@ def _token_scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_direction = torch.einsum("bt,btc->bc", grad, normed)
     grad_normed = grad.unsqueeze(-1) * u.unsqueeze(1)
     grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_normed, x, weight, ctx.eps)
-    return (
-        grad_x.to(x.dtype), grad_direction.to(direction.dtype), _cast(grad_weight, weight), _cast(grad_bias, bias), None,
-    )  # fmt: skip
+    grad_direction = grad_direction.to(direction.dtype)
+    return grad_x.to(x.dtype), grad_direction, _cast(grad_weight, weight), _cast(grad_bias, bias), None
 
 
 def _gather_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -240,9 +237,7 @@ def _scatter_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, grad_tokens
 
 
-def _branch_backward(
-    grad: Tensor, branch: Tensor, gamma: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
+def _branch_backward(grad: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     """Gradients of branch and gamma, where ``tokens + scale * gamma * branch`` has the gradient ``grad``."""
     factor = scale if gamma is None else scale * gamma
     grad_gamma = None if gamma is None else (scale * grad * branch).sum((0, 1), dtype=accumulate_dtype(grad.dtype))

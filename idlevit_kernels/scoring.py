@@ -11,6 +11,8 @@ rotary embedding, a projection that is no plain Linear), the real queries and ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +38,7 @@ def check_scorer(op: str, scorer: str, num_prefix_tokens: int) -> str:
 LayerNorm = tuple[Tensor | None, Tensor | None, float]  # weight, bias, eps
 
 
-def layer_norm_parameters(norm: nn.Module) -> LayerNorm | None:
+def layer_norm_parameters(norm: Any) -> LayerNorm | None:
     """Weight, bias and eps for the fused kernels; None if they do not know this norm (then it is called itself).
 
     They know norms that equal ``F.layer_norm`` over the last axis with float32 statistics.
@@ -47,62 +49,64 @@ def layer_norm_parameters(norm: nn.Module) -> LayerNorm | None:
         or plain(norm, "timm.layers.norm", "LayerNormFp32")
     ):
         return None
-    if len(norm.normalized_shape) != 1:  # type: ignore[arg-type]
+    if len(norm.normalized_shape) != 1:
         return None
-    return norm.weight, norm.bias, norm.eps  # type: ignore[return-value]
+    return norm.weight, norm.bias, norm.eps
 
 
-def _has_linear_keys(attn: nn.Module) -> bool:
+def _has_linear_keys(attn: Any) -> bool:
     return (
-        plain(attn.qkv, "torch.nn.modules.linear", "Linear")  # type: ignore[arg-type]
+        plain(attn.qkv, "torch.nn.modules.linear", "Linear")
         and type(attn.k_norm) is nn.Identity
         and type(attn.q_norm) is nn.Identity
     )
 
 
-def _query_key_parameters(qkv: nn.Linear) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _query_key_parameters(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     width = qkv.weight.shape[0] // 3
     query_bias, key_bias = (None, None) if qkv.bias is None else qkv.bias[: 2 * width].split(width)
     query_weight, key_weight = qkv.weight[: 2 * width].split(width)
     return query_weight, query_bias, key_weight, key_bias
 
 
-def _direction(attn: nn.Module, query_token: Tensor) -> Tensor:
+def _direction(attn: Any, query_token: Tensor) -> Tensor:
     """u = W_k^T (W_q query_token + b_q); query_token is normalised, [B, C]. Returns [B, C]."""
-    query_weight, query_bias, key_weight, _ = _query_key_parameters(attn.qkv)  # type: ignore[arg-type]
+    query_weight, query_bias, key_weight, _ = _query_key_parameters(attn.qkv)
     return F.linear(query_token, query_weight, query_bias) @ key_weight
 
 
-def _key_scores(normed: Tensor, attn: nn.Module, scorer: str) -> Tensor:
+def _key_scores(normed: Tensor, attn: Any, scorer: str) -> Tensor:
     """The logits of the real queries and keys; normed is [B, T, C]."""
-    B, T, _ = normed.shape
-    heads: int = attn.num_heads  # type: ignore[assignment]
+    heads: int = attn.num_heads
+
+    def split(t: Tensor) -> Tensor:  # [B, T, C] -> [B, H, T, head_dim]
+        return t.unflatten(2, (heads, t.shape[2] // heads)).transpose(1, 2)
+
     queries = normed[:, :1] if scorer == "cls" else normed
-    if type(attn.qkv) is nn.Linear:
+    if plain(attn.qkv, "torch.nn.modules.linear", "Linear"):
         query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attn.qkv)
         query, key = F.linear(queries, query_weight, query_bias), F.linear(normed, key_weight, key_bias)
     else:
-        query, key, _ = attn.qkv(normed).chunk(3, dim=-1)  # type: ignore[operator]
+        query, key, _ = attn.qkv(normed).chunk(3, dim=-1)
         query = query[:, : queries.shape[1]]
-    query = attn.q_norm(query.reshape(B, -1, heads, query.shape[-1] // heads).transpose(1, 2))  # type: ignore[operator]
-    key = attn.k_norm(key.reshape(B, T, heads, key.shape[-1] // heads).transpose(1, 2))  # type: ignore[operator]
+    query, key = attn.q_norm(split(query)), attn.k_norm(split(key))
     return torch.einsum("bhd,bhtd->bt", query.mean(2), key)
 
 
-def score_tokens(x: Tensor, block: nn.Module, norm: LayerNorm | None, scorer: str, backend: str) -> Tensor:
+def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, backend: str) -> Tensor:
     """Scores of all tokens for one block, with ``layer_norm_parameters`` of its first norm: x [B, T, C] -> [B, T].
 
     No gradient: selection has none.
     """
-    attn: nn.Module = block.attn  # type: ignore[assignment]
+    attn = block.attn
     with torch.no_grad():
         if not _has_linear_keys(attn):
-            return _key_scores(block.norm1(x), attn, scorer)  # type: ignore[operator]
+            return _key_scores(block.norm1(x), attn, scorer)
         if norm is not None and scorer == "cls":
             qkv = attn.qkv
-            u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)  # type: ignore[union-attr]
+            u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)
             return ops.token_scores(x, u, *norm, backend=backend)
-        normed = block.norm1(x)  # type: ignore[operator]
+        normed = block.norm1(x)
         u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
         if norm is not None:
             return ops.token_scores(x, u, *norm, backend=backend)

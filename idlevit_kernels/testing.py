@@ -183,9 +183,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def expected(op: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     """The float64 reference on the same inputs, moved to the CPU. In-place ops: the tensor they wrote to."""
-    wide = [
-        (a.double() if a.is_floating_point() else a).cpu() if isinstance(a, Tensor) else a for a in arguments
-    ]
+    wide = [(a.double() if a.is_floating_point() else a).cpu() if isinstance(a, Tensor) else a for a in arguments]
     if op.endswith("_"):
         wide[0] = wide[0].clone()
         getattr(reference, op)(*wide)

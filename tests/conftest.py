@@ -7,8 +7,6 @@ import torch
 
 from idlevit_kernels.backends import cpu
 
-INSTRUCTION_SETS = [] if cpu.installed() else cpu.extension().cpu_instruction_sets()
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -43,11 +41,18 @@ def one_thread(keep_threads: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of the CPU kernels that this processor runs."""
+@pytest.fixture
+def instruction_sets() -> Iterator[Iterator[str]]:
+    """Every instruction set of the CPU kernels that this processor runs, in use while it is the current item."""
     extension = cpu.extension()
+    assert extension is not None, cpu.installed()
     before = extension.cpu_instruction_set()
-    extension.cpu_set_instruction_set(request.param)
-    yield request.param
+
+    def each() -> Iterator[str]:
+        for name in extension.cpu_instruction_sets():
+            extension.cpu_set_instruction_set(name)
+            assert extension.cpu_instruction_set() == name
+            yield name
+
+    yield each()
     extension.cpu_set_instruction_set(before)

@@ -235,7 +235,7 @@ def test_apply_idle(kwargs: dict, kind: type, text: str) -> None:
 def test_already_idle() -> None:
     model = ik.apply_idle(vit(), keep_ratio=0.5)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="^apply_idle: model must be dense.*remove_idle.*3 idle blocks"):
+    with pytest.raises(ValueError, match="^apply_idle: model must be dense.*remove_idle.*got"):
         ik.apply_idle(model, keep_ratio=0.7)
     assert_same(model, before)
 

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import idlevit_kernels as ik
 
@@ -95,8 +96,7 @@ def test_there_and_back(name: str, kwargs: dict) -> None:
 
     assert ik.apply_idle(model, keep_ratio=1.0) is model
     torch.testing.assert_close(model(image), dense, rtol=1e-5, atol=1e-5)
-    if ik.idle_blocks(model):
-        ik.remove_idle(model)
+    ik.remove_idle(model)
 
     assert ik.apply_idle(model, keep_ratio=0.5) is model
     depth = len(blocks)
@@ -455,6 +455,177 @@ def test_schedule_argument() -> None:
     }
     assert [b.keep_ratio for b in ik.idle_blocks(ik.apply_idle(tiny())).values()] == ik.idle_schedule(4, 0.7)[1:]
     ik.apply_idle(tiny(), schedule=(1.0, 0.5, 0.5, 0.5))
+
+
+# Consecutive idle blocks work in place where nobody can see it
+
+
+class Writes(TorchDispatchMode):
+    """Counts the ops that write into their argument."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("idlevit.scatter_add_tokens_.")
+        return func(*args, **kwargs or {})
+
+
+def writes(function, *args) -> int:
+    with Writes() as mode:
+        function(*args)
+    return mode.count
+
+
+VISIBLE = {
+    "plain": {},
+    "RMSNorm": {"norm_layer": "rmsnorm", "init_values": 0.5},
+    "norms on q, k": {"qk_norm": True},
+    "mean": {"class_token": False, "global_pool": "avg", "drop_path_rate": 0.2},
+}
+
+
+def test_in_place_only_without_gradients() -> None:
+    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    assert writes(model, image) == 0
+    with torch.no_grad():
+        assert writes(model, image) == 2  # the first idle block makes the buffer
+        assert writes(lambda: [block(torch.randn(2, 17, 48)) for block in model.blocks]) == 0
+        assert writes(model.forward_intermediates, image) == 0
+        assert writes(ik.apply_idle(tiny(), schedule=[0.5, 1, 0.5, 1]), image) <= 1
+    with torch.inference_mode():
+        assert writes(model, image) == 2
+
+
+@pytest.mark.parametrize("schedule", [[1.0, 0.5, 0.5, 0.5], [0.5, 0.5, 1.0, 0.3]], ids=str)
+@pytest.mark.parametrize("variant", VISIBLE.values(), ids=VISIBLE)
+@torch.no_grad()
+def test_what_any_hook_holds_stays(variant: dict, schedule: list[float]) -> None:
+    """Every module of the model in turn, its inputs and outputs, by each kind of hook."""
+    model, image = ik.apply_idle(tiny(**variant), schedule=schedule), torch.randn(2, 3, 64, 64)
+    wanted = model(image)
+    for name, module in model.named_modules():
+        held: list[tuple[Tensor, Tensor]] = []
+
+        def keep(*values, held=held) -> None:
+            tensors = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+            held.extend((t, t.clone()) for t in tensors if isinstance(t, Tensor))
+
+        for register in (
+            lambda keep=keep: module.register_forward_hook(lambda _, args, out: keep(args, out)),  # noqa: B023
+            lambda keep=keep: module.register_forward_hook(lambda _, a, kw, out: keep(a, out), with_kwargs=True),  # noqa: B023
+            lambda keep=keep: module.register_forward_pre_hook(lambda _, args: keep(args)),  # noqa: B023
+        ):
+            handle = register()
+            torch.testing.assert_close(model(image), wanted, msg=name)
+            handle.remove()
+            assert all(torch.equal(t, was) for t, was in held), name
+        assert held or "drop" in name or type(module).__name__ == "Dropout", name
+    assert torch.equal(model(image), wanted)
+
+
+@torch.no_grad()
+def test_what_a_global_hook_holds_stays() -> None:
+    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    held = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda _, args, out: held.append((out, out.clone())) if isinstance(out, Tensor) else None
+    )
+    try:
+        model(image)
+    finally:
+        handle.remove()
+    assert held and all(torch.equal(t, was) for t, was in held)
+
+
+@torch.no_grad()
+def test_what_a_replaced_forward_holds_stays() -> None:
+    """Attention viewers and the like overwrite ``forward`` of a block."""
+    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    held = []
+    forward = model.blocks[2].forward
+
+    def spy(x: Tensor, *args, **kwargs) -> Tensor:
+        out = forward(x, *args, **kwargs)
+        held.extend([(x, x.clone()), (out, out.clone())])
+        return out
+
+    wanted = model(image)
+    model.blocks[2].forward = spy
+    torch.testing.assert_close(model(image), wanted)
+    assert len(held) == 2 and all(torch.equal(t, was) for t, was in held)
+
+
+class Recorder(nn.Module):
+    """Wraps a module and keeps what goes in and out."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner, self.held = inner, []
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        out = self.inner(x, *args, **kwargs)
+        self.held.extend([(x, x.clone()), (out, out.clone())])
+        return out
+
+
+@pytest.mark.parametrize("i", [0, 1, 2, 3])
+@torch.no_grad()
+def test_what_a_wrapped_module_holds_stays(i: int) -> None:
+    image = torch.randn(2, 3, 64, 64)
+    for wrap in ("block", "norm1", "norm2", "mlp", "identity"):
+        model = ik.apply_idle(tiny(), keep_ratio=0.5)
+        wanted = model(image)
+        block = model.blocks[i]
+        recorder = Recorder(block if wrap == "block" else nn.Identity() if wrap == "identity" else getattr(block, wrap))
+        if wrap == "identity":
+            model.blocks.insert(i, recorder)
+        elif wrap == "block":
+            model.blocks[i] = recorder
+        else:
+            setattr(block, wrap, recorder)
+        torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
+        assert recorder.held and all(torch.equal(t, was) for t, was in recorder.held), wrap
+
+
+@torch.no_grad()
+def test_results_of_earlier_calls_stay() -> None:
+    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    x = torch.randn(2, 17, 48)
+    for blocks in (model.blocks, model.blocks[1:], model.blocks[2:3]):
+        first = blocks(x)
+        kept = first.clone()
+        blocks(torch.randn(2, 17, 48))
+        blocks(first)
+        assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("copier", COPIES.values(), ids=COPIES)
+@torch.no_grad()
+def test_a_copy_has_hooks_of_its_own(copier) -> None:
+    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    again, calls = copier(model), []
+    again.blocks[2].register_forward_hook(lambda *_: calls.append("copy"))
+    model(torch.randn(1, 3, 64, 64))
+    assert not calls
+    again(torch.randn(1, 3, 64, 64))
+    ik.remove_idle(again)(torch.randn(1, 3, 64, 64))
+    assert calls == ["copy"] * 2
+
+
+@pytest.mark.parametrize("where", ["blocks", "blocks.0", "blocks.2"])
+def test_handles_work_across_apply_and_remove(where: str) -> None:
+    model, image, calls = tiny(), torch.randn(1, 3, 64, 64), []
+    before = model.get_submodule(where).register_forward_hook(lambda *_: calls.append("before"))
+    ik.apply_idle(model, keep_ratio=0.5)
+    during = model.get_submodule(where).register_forward_hook(lambda *_: calls.append("during"))
+    model(image)
+    assert calls == ["before", "during"]
+    before.remove()
+    ik.remove_idle(model)(image)
+    assert calls == ["before", "during", "during"]
+    during.remove()
+    model(image)
+    assert len(calls) == 3
 
 
 # What cannot idle

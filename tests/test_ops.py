@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -69,18 +70,19 @@ def test_reference_backend(op: str, case: Case) -> None:
 
 @each_case
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_backend(op: str, case: Case, instruction_set: str, keep_threads: None) -> None:
+def test_cpu_backend(op: str, case: Case, instruction_sets: Iterator[str], keep_threads: None) -> None:
     arguments = make_arguments(op, case)
     wanted = expected(op, arguments)
-    results = []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        results.append(run(op, copy(arguments), "cpu"))
-        check(op, results[-1], wanted, case.dtype)
-    one, two, again = results
-    assert all(map(same_bits, two, again)), "two equal calls differ"
-    if op not in SPLIT:
-        assert all(map(same_bits, one, two)), "the number of threads changes the result"
+    for name in instruction_sets:
+        results = []
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            results.append(run(op, copy(arguments), "cpu"))
+            check(op, results[-1], wanted, case.dtype)
+        one, two, again = results
+        assert all(map(same_bits, two, again)), f"two equal calls differ ({name})"
+        if op not in SPLIT:
+            assert all(map(same_bits, one, two)), f"the number of threads changes the result ({name})"
 
 
 @each_backend

@@ -31,9 +31,8 @@ def check_name(backend: str, where: str = "backend") -> str:
     return backend
 
 
-_current = contextvars.ContextVar(
-    "idlevit_backend", default=check_name(env.get("IDLEVIT_BACKEND", "auto"), "IDLEVIT_BACKEND")
-)
+_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("idlevit_backend", default=None)
+_FROM_ENVIRONMENT = env.get("IDLEVIT_BACKEND", "auto")
 
 
 @contextlib.contextmanager
@@ -55,7 +54,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def resolve(backend: str) -> str:
     """The backend a call asks for: its own argument, else that of ``use_backend`` or IDLEVIT_BACKEND."""
-    return _current.get() if backend == "auto" else check_name(backend)
+    if backend != "auto":
+        return check_name(backend)
+    chosen = _current.get()
+    return check_name(_FROM_ENVIRONMENT, "IDLEVIT_BACKEND") if chosen is None else chosen
 
 
 @functools.cache
@@ -69,11 +71,11 @@ _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 def kernel(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
     """The function that runs this call of the op. Raises BackendError if a named backend cannot.
 
-    The choice depends on the op, the backend asked for and the first tensor's dtype, device and channels alone, so it
-    is made once for each: at a batch of one image, a look at every argument would cost as much as a kernel.
+    The choice depends on the op, the backend asked for and the first tensor's dtype, device and sizes but for the
+    batch, so it is made once for each: at a batch of one, a look at every argument would cost as much as a kernel.
     """
     first = args[0]
-    key = (op, backend, first.dtype, first.device, first.shape[-1:])
+    key = (op, backend, first.dtype, first.device, first.shape[1:])
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _choose(op, backend, args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -43,7 +42,6 @@ token_scores = reference.token_scores
 select_tokens = reference.select_tokens
 select_gather_norm = reference.select_gather_norm
 gather_norm_backward = reference.gather_norm_backward
-token_cut_loss = reference.token_cut_loss
 token_cut_loss_backward = reference.token_cut_loss_backward
 
 
@@ -80,3 +78,8 @@ def scatter_add_tokens(x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
 def scatter_add_tokens_(x: Tensor, indices: Tensor, *rest: Any) -> None:
     check_indices("scatter_add_tokens_", indices, x.shape[1])
     reference.scatter_add_tokens_(x, indices, *rest)
+
+
+def token_cut_loss(q: Tensor, k: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_indices("token_cut_loss", indices, q.shape[1])
+    return reference.token_cut_loss(q, k, indices, *rest)

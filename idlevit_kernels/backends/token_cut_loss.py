@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.layer_norm import accumulate_dtype
 from ..reference.token_cut_loss import across_cut, cut_loss, row_weights, token_sides
+from .reference import check_indices
 
 # Logits of a tile: 16 MB in float32, about what stays in the last-level cache.
 _TILE_ELEMENTS = 1 << 22
@@ -30,6 +31,7 @@ def _logits(q: Tensor, k: Tensor, rows: slice, scale: float) -> Tensor:
 def token_cut_loss(
     q: Tensor, k: Tensor, indices: Tensor, scale: float, num_prefix_tokens: int, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_indices("token_cut_loss", indices, q.shape[1])
     k = k.to(accumulate_dtype(q.dtype))
     sides = token_sides(indices, q.shape[1], num_prefix_tokens)
     lse, share = k.new_empty(q.shape[:2]), k.new_empty(q.shape[:2])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TypeVar
 
 from torch import nn
 
-from ..block import IdleBlock
+from ..block import IdleBlock, IdleSequential
 from ..complexity import register_flop_formulas
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
@@ -20,8 +21,10 @@ FAMILIES = (vit,)
 
 
 def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:
-    """The idle blocks of a model by name, in order; empty for a dense model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, IdleBlock)}
+    """The blocks whose image tokens may idle (keep ratio below 1) by name, in order; empty for a dense model."""
+    if not isinstance(model, nn.Module):
+        raise type_error("idle_blocks", "model", "a torch.nn.Module", model)
+    return {name: m for name, m in model.named_modules() if isinstance(m, IdleBlock) and m.keep_ratio < 1}
 
 
 def apply_idle(
@@ -30,7 +33,7 @@ def apply_idle(
     """Makes a dense model an IdleViT: swaps its blocks for idle ones, in place, and returns it.
 
     Weights, state-dict keys and the model's interface stay as they are; ``remove_idle`` undoes it. Layers whose ratio
-    is 1 stay the dense blocks they were. Call it before ``torch.compile``, DistributedDataParallel or FSDP.
+    is 1 compute all tokens. Call it before ``torch.compile``, DistributedDataParallel or FSDP.
 
     Args:
         model: a timm VisionTransformer (DeiT, DINOv2, CLIP, ...) or its ``features_only`` form.
@@ -44,9 +47,10 @@ def apply_idle(
         The model is unchanged if anything is raised.
     """
     family, vit_model = _find(model)
-    if idle_blocks(model):
-        raise value_error("apply_idle", "model", "dense; call remove_idle first", f"a model with {_summary(model)}")
     blocks = family.blocks(vit_model)
+    if any(isinstance(block, IdleBlock) for block in blocks):
+        got = f"a model with {len(idle_blocks(model))} idle blocks"
+        raise value_error("apply_idle", "model", "dense; call remove_idle first", got)
     if schedule is not None and keep_ratio is not None:
         raise value_error("apply_idle", "schedule", "None where keep_ratio is given (one of the two)", schedule)
     if schedule is None:
@@ -55,13 +59,9 @@ def apply_idle(
     ratios = check_schedule("apply_idle", schedule, len(blocks))
     prefix = family.num_prefix_tokens(vit_model)
     scorer = check_scorer("apply_idle", family.default_scorer(vit_model) if scorer == "auto" else scorer, prefix)
-    idle = [
-        block if ratio == 1 else IdleBlock(block, ratio, prefix, scorer)
-        for block, ratio in zip(blocks, ratios, strict=True)
-    ]
+    idle = [IdleBlock(block, ratio, prefix, scorer) for block, ratio in zip(blocks, ratios, strict=True)]
     register_flop_formulas()  # before the user makes a counter
-    for i, block in enumerate(idle):
-        blocks[i] = block
+    family.set_blocks(vit_model, IdleSequential(*idle))
     return model
 
 
@@ -71,16 +71,18 @@ def remove_idle(model: Model) -> Model:
     Raises:
         ValueError: the model has no idle blocks.
     """
-    found = idle_blocks(model)
-    if not found:
-        raise value_error("remove_idle", "model", "a model that apply_idle made idle", f"a dense {type(model).__name__}")
-    for name, block in found.items():
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, block.dense_block())
+    if not isinstance(model, nn.Module):
+        raise type_error("remove_idle", "model", "a torch.nn.Module", model)
+    if not any(isinstance(module, IdleBlock) for module in model.modules()):
+        got = f"a dense {type(model).__name__}"
+        raise value_error("remove_idle", "model", "one that apply_idle made idle", got)
+    family, dense = _find(model)
+    blocks = (b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(dense))
+    family.set_blocks(dense, nn.Sequential(*blocks))
     return model
 
 
-def _find(model: nn.Module) -> tuple[type(vit), nn.Module]:  # type: ignore[valid-type]
+def _find(model: nn.Module) -> tuple[ModuleType, nn.Module]:
     if not isinstance(model, nn.Module):
         raise type_error("apply_idle", "model", "a torch.nn.Module", model)
     for family in FAMILIES:
@@ -90,12 +92,14 @@ def _find(model: nn.Module) -> tuple[type(vit), nn.Module]:  # type: ignore[vali
             if reasons:
                 raise TypeError(f"apply_idle: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
             return family, found
+    wrapped = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(wrapped, nn.Module):
+        raise TypeError(
+            f"apply_idle: model must not be wrapped yet, got {type(model).__name__} around {type(wrapped).__name__}."
+            " Call apply_idle on the model itself, before torch.compile or DistributedDataParallel."
+        )
     known = ", ".join(family.NAME for family in FAMILIES)
     raise TypeError(
         f"apply_idle: model must be one of: {known}; got {type(model).__module__}.{type(model).__name__}."
         " For another architecture wrap its pre-norm blocks by hand: IdleBlock(block, keep_ratio, num_prefix_tokens)."
     )
-
-
-def _summary(model: nn.Module) -> str:
-    return f"{len(idle_blocks(model))} idle blocks"

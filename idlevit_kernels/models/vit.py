@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..block import IdleBlock, take_over
+
 NAME = "timm VisionTransformer"
 
 _REFUSED = {
@@ -17,18 +19,23 @@ _REFUSED = {
 }
 
 
-def find(model: nn.Module) -> nn.Module | None:
+def find(model: Any) -> nn.Module | None:
     """The VisionTransformer in the model (itself, or what ``features_only`` wraps); None if there is none."""
     timm_vit = sys.modules.get("timm.models.vision_transformer")
     if timm_vit is None:  # no timm model can exist
         return None
     if type(model).__name__ == "FeatureGetterNet":
-        model = model.model  # type: ignore[assignment]
+        model = model.model
     return model if isinstance(model, timm_vit.VisionTransformer) else None
 
 
 def blocks(model: Any) -> nn.Sequential:
     return model.blocks
+
+
+def set_blocks(model: Any, blocks: nn.Sequential) -> None:
+    take_over(blocks, model.blocks)
+    model.blocks = blocks
 
 
 def num_prefix_tokens(model: Any) -> int:
@@ -45,9 +52,8 @@ def reasons(model: Any) -> list[str]:
     from timm.layers import Attention
     from timm.models.vision_transformer import Block
 
-    from ..block import IdleBlock
-
     found: dict[str, None] = {}  # ordered, once each
+    block: Any
     for block in blocks(model):
         name = type(block).__name__
         if isinstance(block, IdleBlock):

@@ -85,6 +85,8 @@ def test_op(op: str, case: Case) -> None:
 @pytest.mark.parametrize("N, K", [(576, 192), (1369, 958)])
 @pytest.mark.parametrize("op", OPS)
 def test_long_images(op: str, N: int, K: int) -> None:
+    if op == "token_cut_loss_backward" and N > 1000:
+        pytest.skip("a quarter of a minute; the forward of this size and the backward of the other run")
     # Half precision has the larger tiles, hence fewer programs.
     case = Case(1, N, 16, K, dtype=torch.float16 if op.startswith("token_cut_loss") else torch.float32)
     arguments = make_arguments(op, case)

@@ -32,7 +32,7 @@ def order_keys(scores):
     else:
         bits = scores.to(tl.uint32, bitcast=True)
         sign = tl.full(scores.shape, 1, tl.uint32) << 31
-    keys = tl.where(scores < 0, ~bits, bits ^ sign)
+    keys = bits ^ tl.where(scores < 0, sign | (sign - 1), sign)
     keys = tl.where(scores == 0, sign, keys)
     return tl.where(scores != scores, sign ^ sign, keys)
 

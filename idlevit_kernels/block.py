@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import dense, ops
 from .backends import resolve
@@ -184,6 +185,14 @@ class IdleBlock(nn.Module):
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
         return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace)
 
+    def observed(self) -> bool:
+        """Whether anything but this block may hold its input or output: a hook, a replaced method, an unknown norm."""
+        return (
+            any(getattr(self, name) for name in _HOOKS)
+            or "forward" in self.__dict__
+            or layer_norm_parameters(self.norm1) is None
+        )
+
     def dense_block(self) -> nn.Module:
         """The block this was made from, with the present sub-modules."""
         (block,) = self._block
@@ -204,18 +213,11 @@ class IdleSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
             return super().forward(x)
         owned = False  # x is a buffer that only this loop knows
         for block in self:
-            unseen = isinstance(block, IdleBlock) and not _hooked(block)
-            if isinstance(block, IdleBlock) and owned and unseen and block.keep_ratio < 1 and not _hooked(block.norm1):
-                x = block(x, inplace=True)
-            else:
-                x = block(x)
-            owned = unseen
+            private = isinstance(block, IdleBlock) and not block.observed()
+            x = block(x, inplace=True) if owned and private else block(x)
+            owned = private
         return x
-
-
-def _hooked(module: Any) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)

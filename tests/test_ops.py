@@ -25,7 +25,7 @@ NOT_DIFFERENTIABLE = ("cls_direction", "select_tokens")
 DIFFERENTIABLE = tuple(op for op in FORWARD if op not in (*NOT_DIFFERENTIABLE, *IN_PLACE))
 # Matrix products and sums over rows, which libraries split by thread: rounding depends on the number of threads.
 SPLIT = ("cls_direction", "gather_norm_backward", "token_cut_loss", "token_cut_loss_backward")
-SMALL = Case(2, 9, 6, 4, P=2, dtype=torch.float64)
+SMALL = Case(2, 5, 4, 3, P=2, dtype=torch.float64)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -83,6 +83,8 @@ def test_cpu_backend(op: str, case: Case, instruction_sets: Iterator[str], keep_
         assert all(map(same_bits, two, again)), f"two equal calls differ ({name})"
         if op not in SPLIT:
             assert all(map(same_bits, one, two)), f"the number of threads changes the result ({name})"
+        if op.startswith("token_cut_loss"):
+            break  # made of PyTorch's own matrix products on this backend
 
 
 @each_backend

@@ -1,7 +1,8 @@
 """The torch.library ops, namespace "idlevit": schema, dispatch, fake and autograd, once an op.
 
-Each op runs on the backend that ``backends.kernel`` finds at the call, so a compiled or exported graph holds the op
-and not the choice. ``functional`` has the same names with checked arguments and documentation; the block calls these.
+Each op runs on the backend that ``backends.kernel`` finds at the call. A compiled or exported graph holds the op and
+the backend that was asked for, "auto" unless one was named, so it runs on whatever device it finds. ``functional`` has
+the same names with checked arguments and documentation; the block calls these.
 """
 
 from __future__ import annotations

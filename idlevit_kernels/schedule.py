@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from .errors import type_error, value_error
 
 
@@ -49,5 +51,7 @@ def check_schedule(op: str, schedule: Sequence[float], depth: int) -> list[float
 
 
 def num_kept(keep_ratio: float, num_image_tokens: int) -> int:
-    """K = int(keep_ratio * N), at least 1."""
-    return max(1, int(keep_ratio * num_image_tokens))
+    """K = int(keep_ratio * N), at least 1. The symbolic forms keep an exported program open to other image sizes."""
+    if keep_ratio == 1:
+        return num_image_tokens
+    return torch.sym_max(1, torch.sym_int(keep_ratio * num_image_tokens))  # type: ignore[return-value]

@@ -43,7 +43,7 @@ def idle_ops(program: torch.export.ExportedProgram) -> set[str]:
     return {node.target._opname for node in program.graph.nodes if str(node.target).startswith("idlevit.")}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_deit_small_under_dynamic_compile() -> None:
     model = deit_small(dynamic_img_size=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -52,7 +52,7 @@ def test_deit_small_under_dynamic_compile() -> None:
         torch.testing.assert_close(compiled(image), model(image), **TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
 def test_dynamic_compile_of_other_kinds(kwargs: dict) -> None:
     model = tiny(depth=2, dynamic_img_size=True, **kwargs)
@@ -62,7 +62,7 @@ def test_dynamic_compile_of_other_kinds(kwargs: dict) -> None:
         torch.testing.assert_close(compiled(image), model(image), **TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gradients_under_dynamic_compile() -> None:
     model = tiny(depth=2).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -133,7 +133,7 @@ def test_export_records_the_backend_asked_for() -> None:
     torch.testing.assert_close(program.module()(image), model(image), **TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_aot_inductor_package(tmp_path: Path) -> None:
     """The package calls the ops through their registration, so idlevit_kernels must be imported where it is loaded."""
     model = tiny(depth=2)

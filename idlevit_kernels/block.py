@@ -216,8 +216,9 @@ class IdleSequential(nn.Sequential):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
             return super().forward(x)
         owned = False  # x is a buffer that only this loop knows
+        block: Any
         for block in self:
             private = isinstance(block, IdleBlock) and not block.observed()
-            x = block(x, inplace=True) if owned and private else block(x)
+            x = block(x, inplace=True) if owned and private and block.keep_ratio < 1 else block(x)
             owned = private
         return x

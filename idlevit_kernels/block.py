@@ -15,13 +15,22 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import dense, ops
 from .backends import resolve
-from .dense import plain
+from .dense import plain, plain_linear
 from .errors import type_error, value_error
 from .functional import check_counts, check_integer, check_tensor, check_writable
 from .schedule import check_ratio, num_kept
 from .scoring import check_scorer, layer_norm_parameters, score_tokens
 
 _PARTS = ("norm1", "attn", "norm2", "mlp")
+_ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "num_heads")
+_REFUSED = {
+    "ResPostBlock": "it normalises after the branch (post-norm), so a kept token's branch input is not normalised",
+    "ParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
+    "DiffParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
+    "ParallelThingsBlock": "it holds several attentions and MLPs in parallel",
+    "AttentionRope": "it takes a rotary embedding, which idle_block cannot pass on",
+    "EvaAttention": "it takes a rotary embedding, which idle_block cannot pass on",
+}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -73,6 +82,11 @@ def idle_block(
     weight: Any = getattr(block.norm1, "weight", None)
     if weight is not None and weight.shape[-1] != x.shape[2]:
         raise value_error("idle_block", "x", f"[B, T, C] with the block's C = {weight.shape[-1]} channels", x)
+    if weight is not None and weight.device != x.device:
+        raise value_error("idle_block", "x", f"on {weight.device}, where the block is", x)
+    qkv: Any = block.attn.qkv  # type: ignore[union-attr]
+    if plain_linear(qkv) and qkv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise type_error("idle_block", "x", f"of the block's dtype, {qkv.weight.dtype}, or under autocast", x)
     if inplace:
         check_writable("idle_block", x)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
@@ -81,9 +95,24 @@ def idle_block(
     return (out, indices) if return_indices else out
 
 
+def unfit(block: Any) -> str | None:
+    """Why the block's formula is not the one this file computes; None as far as that cannot be seen."""
+    part: Any
+    for part in (block, getattr(block, "attn", None)):
+        name = type(part).__name__
+        if name in _REFUSED:
+            return f"{name}: {_REFUSED[name]}"
+        if getattr(part, "_parameters", None):
+            return f"{name} has parameters of its own ({', '.join(part._parameters)}), whose use is not known"
+    missing = [name for name in _PARTS if not hasattr(block, name)]
+    missing += [f"attn.{name}" for name in _ATTENTION_PARTS if not missing and not hasattr(block.attn, name)]
+    return f"{type(block).__name__} has no {', '.join(missing)}" if missing else None
+
+
 def _check_block(op: str, block: Any) -> None:
-    if any(not hasattr(block, name) for name in _PARTS):
-        raise type_error(op, "block", f"a pre-norm block with {', '.join(_PARTS)}", block)
+    reason = unfit(block)
+    if reason is not None:
+        raise TypeError(f"{op}: block must be a pre-norm block as timm's Block is, got {reason}")
 
 
 def _dense(x: Tensor, block: Any, backend: str) -> Tensor:
@@ -170,7 +199,7 @@ class IdleBlock(nn.Module):
         self.keep_ratio = check_ratio("IdleBlock", keep_ratio)
         self.num_prefix_tokens = num_prefix_tokens
         self.scorer = check_scorer("IdleBlock", scorer, num_prefix_tokens)
-        for name, child in block.named_children():
+        for name, child in block._modules.items():  # named_children would leave out a part that has two names
             self.add_module(name, child)
         take_over(self, block)
         self._block = (block,)  # in a tuple, so that it is no sub-module
@@ -178,10 +207,10 @@ class IdleBlock(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, inplace: bool = False
     ) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise value_error(
-                "IdleBlock", "attn_mask", "None, and is_causal False: idle tokens need full attention", attn_mask
-            )
+        if attn_mask is not None:
+            raise value_error("IdleBlock", "attn_mask", "None: idle tokens need full attention", attn_mask)
+        if is_causal:
+            raise value_error("IdleBlock", "is_causal", "False: idle tokens need full attention", is_causal)
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
         return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace)
 
@@ -196,7 +225,7 @@ class IdleBlock(nn.Module):
     def dense_block(self) -> nn.Module:
         """The block this was made from, with the present sub-modules."""
         (block,) = self._block
-        for name, child in self.named_children():
+        for name, child in self._modules.items():
             setattr(block, name, child)
         block.training = self.training
         return block

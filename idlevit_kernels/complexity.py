@@ -47,7 +47,7 @@ class MacReport:
     per_layer: dict[str, int]
 
 
-def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> MacReport:
+def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> MacReport:
     """Counts convolutions, linear layers and the two products of attention of one forward pass, and nothing else.
 
     The pass runs on meta tensors: no weights are read, nothing is computed, the model is not changed. What
@@ -55,13 +55,17 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) ->
 
     Args:
         model: any module that takes one image batch.
-        input_size: (channels, height, width) of an image.
+        input_size: (channels, height, width) of an image; by default what the model's patch embedding was built for,
+            (3, 224, 224) where it does not say.
 
     Raises:
         TypeError, ValueError: model is no module; input_size is not three positive integers.
     """
     if not isinstance(model, nn.Module):
         raise type_error("count_macs", "model", "a torch.nn.Module", model)
+    if input_size is None:
+        size = getattr(getattr(getattr(model, "model", model), "patch_embed", None), "img_size", None) or (224, 224)
+        input_size = (3, *size)
     if len(input_size) != 3 or any(not isinstance(s, int) or s < 1 for s in input_size):
         raise value_error("count_macs", "input_size", "(channels, height, width), positive integers", input_size)
     register_flop_formulas()

@@ -46,8 +46,9 @@ def _use_onednn(x: Tensor, backend: str) -> bool:
     )
 
 
-def _plain_linear(module: nn.Module) -> bool:
-    return plain(module, "torch.nn.modules.linear", "Linear")
+def plain_linear(module: Any) -> bool:
+    """A Linear with ordinary weights: not quantised, not distributed."""
+    return plain(module, "torch.nn.modules.linear", "Linear") and type(module.weight) is nn.Parameter
 
 
 def _inactive(dropout: Any) -> bool:
@@ -61,7 +62,7 @@ _MIN_MACS = 2**25
 def _linear(x: Tensor, layer: Any, gelu: str | None = None) -> Tensor:
     """The linear layer, and GELU of it where ``gelu`` names the approximation ("none" or "tanh")."""
     weight, bias = layer.weight, layer.bias
-    if x.numel() * weight.shape[0] < _MIN_MACS:
+    if x.numel() * weight.shape[0] < _MIN_MACS or weight.dtype is not x.dtype:
         y = F.linear(x, weight, bias)
         return y if gelu is None else F.gelu(y, approximate=gelu)
     post: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
@@ -74,8 +75,8 @@ def attention(attn: Any, x: Tensor, backend: str) -> Tensor:
         return attn(x)
     qkv, proj = attn.qkv, attn.proj
     if not (
-        _plain_linear(qkv)
-        and _plain_linear(proj)
+        plain_linear(qkv)
+        and plain_linear(proj)
         and _inactive(attn.attn_drop)
         and _inactive(attn.proj_drop)
         and getattr(attn, "gate", None) is None
@@ -92,7 +93,7 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     if not (_use_onednn(x, backend) and plain(module, "timm.layers.mlp", "Mlp")):
         return module(x)
     fc1, fc2, act = module.fc1, module.fc2, module.act
-    if not (_plain_linear(fc1) and _plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
+    if not (plain_linear(fc1) and plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
         return module(x)
     if plain(act, "torch.nn.modules.activation", "GELU"):
         hidden = _linear(x, fc1, act.approximate)

@@ -287,7 +287,7 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     Equivalent PyTorch: ``x.scatter_(1, indices[..., None].expand(-1, -1, C), tokens)``.
 
     Everything that shares memory with x changes too: do not use it on a tensor that a feature extractor holds.
-    Arguments and errors as in ``scatter_tokens``; x must not overlap itself (an expanded tensor does).
+    Arguments and errors as in ``scatter_tokens``; x must not be an expanded tensor, and nothing may share its storage.
     """
     op = "scatter_tokens_"
     _check_scatter(op, x, indices, tokens)
@@ -310,7 +310,12 @@ def check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
         return
     for argument, value in sources.items():
         if x.numel() and value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-            raise value_error(op, argument, "in other memory than x, which is overwritten (call .clone() first)", value)
+            raise value_error(
+                op,
+                argument,
+                "in another storage than x, which is overwritten (call .clone())",
+                value,
+            )
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise value_error(op, "x", "a tensor whose elements do not share memory (call .contiguous() first)", x)
 
@@ -435,7 +440,7 @@ def scatter_add_tokens_(
     """``scatter_add_tokens`` in place: writes into x and returns x. Nothing is written if the call raises.
 
     Equivalent PyTorch: ``scatter_tokens_(x, indices, tokens + scale * gamma * branch)``. Arguments and errors as in
-    ``scatter_add_tokens``; x must not overlap itself.
+    ``scatter_add_tokens``; x must not be an expanded tensor, and nothing may share its storage.
     """
     op = "scatter_add_tokens_"
     _check_scatter(op, x, indices, tokens)

@@ -2,7 +2,8 @@
 
 Each op runs on the backend that ``backends.kernel`` finds at the call. A compiled or exported graph holds the op and
 the backend that was asked for, "auto" unless one was named, so it runs on whatever device it finds. ``functional`` has
-the same names with checked arguments and documentation; the block calls these.
+the same names with checked arguments and documentation; the block calls these. These ops check next to nothing: call
+them with arguments that ``functional`` would accept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ def _define(schema: str) -> Any:
     _lib.define(f"{name}({arguments}, *, str backend='auto') ->{result}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, backend: str = "auto") -> Any:
-        return backends.kernel(name, backend, args)(*args)
+        function = backends.kernel(name, backend, args)
+        if torch.is_autocast_enabled(args[0].device.type):  # the op's types are those of its arguments
+            with torch.autocast(args[0].device.type, enabled=False):
+                result = function(*args)
+        else:
+            result = function(*args)
+        if name.endswith("_") and not args[0].is_inference():  # or autograd would not notice the write
+            torch.autograd.graph.increment_version(args[0])
+        return result
 
     _lib.impl(name, run, "CompositeExplicitAutograd")
     return getattr(torch.ops.idlevit, name).default

@@ -6,7 +6,7 @@ of the tokens, so one vector an image scores all tokens, and keys are needed for
 class token use the column mean of the same logits, s_j = mean_i (1/H) q_i . k_j: the direction of the mean query.
 
 That holds where a key is a linear function of the normalised token. Where it is not (a norm on queries and keys, a
-rotary embedding, a projection that is no plain Linear), the real queries and keys are computed.
+projection that is no plain Linear), the real queries and keys are computed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .dense import plain
+from .dense import plain, plain_linear
 from .errors import value_error
+from .reference.layer_norm import accumulate_dtype
 
 SCORERS = ("auto", "cls", "mean")
 
@@ -55,11 +56,7 @@ def layer_norm_parameters(norm: Any) -> LayerNorm | None:
 
 
 def _has_linear_keys(attn: Any) -> bool:
-    return (
-        plain(attn.qkv, "torch.nn.modules.linear", "Linear")
-        and type(attn.k_norm) is nn.Identity
-        and type(attn.q_norm) is nn.Identity
-    )
+    return plain_linear(attn.qkv) and type(attn.k_norm) is nn.Identity and type(attn.q_norm) is nn.Identity
 
 
 def _query_key_parameters(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -83,14 +80,15 @@ def _key_scores(normed: Tensor, attn: Any, scorer: str) -> Tensor:
         return t.unflatten(2, (heads, t.shape[2] // heads)).transpose(1, 2)
 
     queries = normed[:, :1] if scorer == "cls" else normed
-    if plain(attn.qkv, "torch.nn.modules.linear", "Linear"):
+    if plain_linear(attn.qkv):
         query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attn.qkv)
         query, key = F.linear(queries, query_weight, query_bias), F.linear(normed, key_weight, key_bias)
     else:
         query, key, _ = attn.qkv(normed).chunk(3, dim=-1)
         query = query[:, : queries.shape[1]]
     query, key = attn.q_norm(split(query)), attn.k_norm(split(key))
-    return torch.einsum("bhd,bhtd->bt", query.mean(2), key)
+    acc = accumulate_dtype(normed.dtype)
+    return (query.to(acc).mean(2, keepdim=True) * key.to(acc)).sum((1, 3))
 
 
 def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, backend: str) -> Tensor:
@@ -110,4 +108,5 @@ def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, bac
         u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
         if norm is not None:
             return ops.token_scores(x, u, *norm, backend=backend)
-        return torch.einsum("btc,bc->bt", normed, u)
+        acc = accumulate_dtype(x.dtype)
+        return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)

@@ -58,6 +58,7 @@ class CPUOps(native.NativeOps):
         # Beyond a few images a matrix product, which reads the weights once for all of them, is faster.
         if B > 4 or x.dtype not in (torch.float32, torch.float64) or x.stride(2) != 1:
             return reference.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
+        native.check_channels(x, norm_weight, norm_bias, qkv_weight)
         (dtype,), (weight, bias, qkv_weight_, qkv_bias) = self.parameters(
             x, norm_weight, norm_bias, qkv_weight, qkv_bias
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..build_info import build_info
+from ..errors import value_error
 from ..reference.layer_norm import accumulate_dtype
 from . import token_cut_loss as tiles
 
@@ -82,6 +83,13 @@ def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
+def check_channels(x: Tensor, *tensors: Tensor | None) -> None:
+    """A kernel takes C from x alone; a narrower parameter would be read past its end."""
+    for t in tensors:
+        if t is not None and t.shape[-1] != x.shape[-1]:
+            raise value_error("native kernel", "a norm, gamma or direction", f"of C = {x.shape[-1]} channels", t)
+
+
 def dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else dense(t, dtype)
 
@@ -141,6 +149,7 @@ class NativeOps(abc.ABC):
         self, x: Tensor, direction: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
     ) -> Tensor:
         x = _rows(x)
+        check_channels(x, direction, norm_weight, norm_bias)
         types, (direction_, weight, bias) = self.parameters(x, direction, norm_weight, norm_bias)
         scores = x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
         failure = self.call(
@@ -174,6 +183,7 @@ class NativeOps(abc.ABC):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x, scores = _rows(x), dense(scores, accumulate_dtype(x.dtype))
+        check_channels(x, norm_weight, norm_bias)
         types, (weight, bias) = self.parameters(x, norm_weight, norm_bias)
         n = num_prefix_tokens + num_keep
         indices = x.new_empty((x.shape[0], n), dtype=torch.int64)
@@ -222,6 +232,7 @@ class NativeOps(abc.ABC):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x, indices, branch = _rows(x), dense(indices, torch.int64), dense(branch, x.dtype)
+        check_channels(x, gamma, norm_weight, norm_bias)
         types, (gamma, weight, bias) = self.parameters(x, gamma, norm_weight, norm_bias)
         tokens, normed = torch.empty_like(branch), torch.empty_like(branch)
         failure = self.call(
@@ -247,6 +258,7 @@ class NativeOps(abc.ABC):
         """Writes into ``out``; the rows that no index names come from x, or are zero where x is None."""
         indices, tokens = dense(indices, torch.int64), dense(tokens, out.dtype)
         branch = dense_or_none(branch, out.dtype)
+        check_channels(out, gamma)
         types, (gamma,) = self.parameters(out, gamma)
         failure = self.call(
             "scatter_tokens", out, *types, *_shape(out, indices.shape[1]), *((0, 0, 0) if x is None else _tokens(x)),

@@ -46,7 +46,7 @@ def apply_idle(
         ValueError: a ratio or schedule that does not fit, or a model that is idle already.
         The model is unchanged if anything is raised.
     """
-    family, vit_model = _find(model)
+    family, vit_model = _find("apply_idle", model)
     blocks = family.blocks(vit_model)
     if any(isinstance(block, IdleBlock) for block in blocks):
         got = f"a model with {len(idle_blocks(model))} idle blocks"
@@ -76,30 +76,30 @@ def remove_idle(model: Model) -> Model:
     if not any(isinstance(module, IdleBlock) for module in model.modules()):
         got = f"a dense {type(model).__name__}"
         raise value_error("remove_idle", "model", "one that apply_idle made idle", got)
-    family, dense = _find(model)
+    family, dense = _find("remove_idle", model)
     blocks = (b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(dense))
     family.set_blocks(dense, nn.Sequential(*blocks))
     return model
 
 
-def _find(model: nn.Module) -> tuple[ModuleType, nn.Module]:
+def _find(op: str, model: nn.Module) -> tuple[ModuleType, nn.Module]:
     if not isinstance(model, nn.Module):
-        raise type_error("apply_idle", "model", "a torch.nn.Module", model)
+        raise type_error(op, "model", "a torch.nn.Module", model)
     for family in FAMILIES:
         found = family.find(model)
         if found is not None:
             reasons = family.reasons(found)
             if reasons:
-                raise TypeError(f"apply_idle: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
+                raise TypeError(f"{op}: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
             return family, found
     wrapped = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(wrapped, nn.Module):
         raise TypeError(
-            f"apply_idle: model must not be wrapped yet, got {type(model).__name__} around {type(wrapped).__name__}."
-            " Call apply_idle on the model itself, before torch.compile or DistributedDataParallel."
+            f"{op}: model must not be wrapped yet, got {type(model).__name__} around {type(wrapped).__name__}."
+            f" Call {op} on the model itself, before torch.compile or DistributedDataParallel."
         )
     known = ", ".join(family.NAME for family in FAMILIES)
     raise TypeError(
-        f"apply_idle: model must be one of: {known}; got {type(model).__module__}.{type(model).__name__}."
+        f"{op}: model must be one of: {known}; got {type(model).__module__}.{type(model).__name__}."
         " For another architecture wrap its pre-norm blocks by hand: IdleBlock(block, keep_ratio, num_prefix_tokens)."
     )

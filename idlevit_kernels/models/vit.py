@@ -7,16 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..block import IdleBlock, take_over
+from ..block import IdleBlock, take_over, unfit
 
 NAME = "timm VisionTransformer"
-
-_REFUSED = {
-    "ResPostBlock": "it normalises after the branch (post-norm), so a kept token's branch input is not normalised",
-    "ParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
-    "DiffParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
-    "ParallelThingsBlock": "it holds several attentions and MLPs in parallel",
-}
 
 
 def find(model: Any) -> nn.Module | None:
@@ -58,10 +51,11 @@ def reasons(model: Any) -> list[str]:
         name = type(block).__name__
         if isinstance(block, IdleBlock):
             continue
-        if name in _REFUSED:
-            found[f"its blocks are {name}: {_REFUSED[name]}"] = None
+        reason = unfit(block)
+        if type(block).forward is Block.forward and type(block.attn).forward is not Attention.forward:
+            found[f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"] = None
+        elif reason is not None:
+            found[f"its blocks are {reason}"] = None
         elif type(block).forward is not Block.forward:
             found[f"its blocks are {name}, whose forward is not that of timm's pre-norm Block"] = None
-        elif type(block.attn).forward is not Attention.forward:
-            found[f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"] = None
     return list(found)

@@ -3,6 +3,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from .layer_norm import layer_norm
+
 
 def cls_direction(
     x: Tensor,  # [B, T, C]
@@ -14,5 +16,6 @@ def cls_direction(
 ) -> Tensor:  # [B, C], dtype of x
     width = qkv_weight.shape[0] // 3
     query_weight, key_weight, _ = qkv_weight.split(width)
-    normed = F.layer_norm(x[:, 0], x.shape[2:], norm_weight, norm_bias, eps)
-    return F.linear(normed, query_weight, None if qkv_bias is None else qkv_bias[:width]) @ key_weight
+    normed = layer_norm(x[:, 0], norm_weight, norm_bias, eps).to(qkv_weight.dtype)
+    query = F.linear(normed, query_weight, None if qkv_bias is None else qkv_bias[:width])
+    return (query @ key_weight).to(x.dtype)

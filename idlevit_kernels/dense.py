@@ -47,8 +47,10 @@ def _use_onednn(x: Tensor, backend: str) -> bool:
 
 
 def plain_linear(module: Any) -> bool:
-    """A Linear with ordinary weights: not quantised, not distributed."""
-    return plain(module, "torch.nn.modules.linear", "Linear") and type(module.weight) is nn.Parameter
+    """A Linear with ordinary weights: not quantised, not distributed. (A tracer's stand-ins have types of their own.)"""
+    return plain(module, "torch.nn.modules.linear", "Linear") and (
+        type(module.weight) is nn.Parameter or torch.compiler.is_compiling()
+    )
 
 
 def _inactive(dropout: Any) -> bool:

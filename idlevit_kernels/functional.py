@@ -313,7 +313,7 @@ def check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
             raise value_error(
                 op,
                 argument,
-                "in another storage than x, which is overwritten (call .clone())",
+                "in other memory than x, another storage (call .clone())",
                 value,
             )
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):

@@ -47,7 +47,7 @@ def _use_onednn(x: Tensor, backend: str) -> bool:
 
 
 def plain_linear(module: Any) -> bool:
-    """A Linear with ordinary weights: not quantised, not distributed. (A tracer's stand-ins have types of their own.)"""
+    """A Linear with ordinary weights, not quantised or distributed. What a tracer puts in their place will do."""
     return plain(module, "torch.nn.modules.linear", "Linear") and (
         type(module.weight) is nn.Parameter or torch.compiler.is_compiling()
     )

@@ -110,6 +110,8 @@ def unfit(block: Any) -> str | None:
 
 
 def _check_block(op: str, block: Any) -> None:
+    if isinstance(block, IdleBlock):  # checked when it was made
+        return
     reason = unfit(block)
     if reason is not None:
         raise TypeError(f"{op}: block must be a pre-norm block as timm's Block is, got {reason}")
@@ -217,7 +219,7 @@ class IdleBlock(nn.Module):
     def observed(self) -> bool:
         """Whether anything but this block may hold its input or output: a hook, a replaced method, an unknown norm."""
         return (
-            any(getattr(self, name) for name in _HOOKS)
+            bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
             or "forward" in self.__dict__
             or layer_norm_parameters(self.norm1) is None
         )

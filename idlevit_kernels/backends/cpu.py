@@ -55,7 +55,7 @@ class CPUOps(native.NativeOps):
         qkv_bias: Tensor | None,
     ) -> Tensor:
         B, T, C = x.shape
-        # Beyond a few images a matrix product, which reads the weights once for all of them, is faster.
+        # The kernel reads the weights once per image; a matrix product reads them once for all, so it takes over here.
         if B > 4 or x.dtype not in (torch.float32, torch.float64) or x.stride(2) != 1:
             return reference.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
         native.check_channels(x, norm_weight, norm_bias, qkv_weight)

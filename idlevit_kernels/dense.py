@@ -1,8 +1,9 @@
 """Attention and MLP of a block, on whichever tokens they are given.
 
 They are the block's own modules, called. For float32 inference on a CPU, timm's plain attention and MLP run through
-oneDNN's linear instead of the BLAS that ``nn.Linear`` calls: it was a fifth faster than MKL on
-the AMD EPYC it was measured on, and applies GELU while a tile of the result is in cache. Same formula and weights, no packed copies to go stale.
+oneDNN's linear instead of the BLAS that ``nn.Linear`` calls: it was a fifth faster than MKL on the AMD EPYC it was
+measured on, and applies GELU while a tile of the result is in cache. Same formula and weights, no packed copies to go
+stale.
 """
 
 from __future__ import annotations

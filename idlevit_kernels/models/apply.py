@@ -1,4 +1,9 @@
-"""``apply_idle`` and ``remove_idle`` for every model family that a module here describes."""
+"""``apply_idle`` and ``remove_idle`` for every model family that a module here describes.
+
+Such a module has a NAME; IDLE_BLOCK, the class of its idle blocks (an IdleBlock); ``find``, what holds the blocks in a
+model, or None; ``blocks``, all of them in the order they run, whatever stages they lie in; ``set_blocks``;
+``num_prefix_tokens``; ``default_scorer``; ``reasons``, why the model cannot idle.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..block import IdleBlock, IdleSequential
+from ..block import IdleBlock
 from ..complexity import register_flop_formulas
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
@@ -46,8 +51,8 @@ def apply_idle(
         ValueError: a ratio or schedule that does not fit, or a model that is idle already.
         The model is unchanged if anything is raised.
     """
-    family, vit_model = _find("apply_idle", model)
-    blocks = family.blocks(vit_model)
+    family, found = _find("apply_idle", model)
+    blocks = family.blocks(found)
     if any(isinstance(block, IdleBlock) for block in blocks):
         got = f"a model with {len(idle_blocks(model))} idle blocks"
         raise value_error("apply_idle", "model", "dense; call remove_idle first", got)
@@ -57,11 +62,11 @@ def apply_idle(
         ratio = check_ratio("apply_idle", 0.7 if keep_ratio is None else keep_ratio)
         schedule = idle_schedule(len(blocks), ratio)
     ratios = check_schedule("apply_idle", schedule, len(blocks))
-    prefix = family.num_prefix_tokens(vit_model)
-    scorer = check_scorer("apply_idle", family.default_scorer(vit_model) if scorer == "auto" else scorer, prefix)
-    idle = [IdleBlock(block, ratio, prefix, scorer) for block, ratio in zip(blocks, ratios, strict=True)]
+    prefix = family.num_prefix_tokens(found)
+    scorer = check_scorer("apply_idle", family.default_scorer(found) if scorer == "auto" else scorer, prefix)
+    idle = [family.IDLE_BLOCK(block, ratio, prefix, scorer) for block, ratio in zip(blocks, ratios, strict=True)]
     register_flop_formulas()  # before the user makes a counter
-    family.set_blocks(vit_model, IdleSequential(*idle))
+    family.set_blocks(found, idle)
     return model
 
 
@@ -76,9 +81,9 @@ def remove_idle(model: Model) -> Model:
     if not any(isinstance(module, IdleBlock) for module in model.modules()):
         got = f"a dense {type(model).__name__}"
         raise value_error("remove_idle", "model", "one that apply_idle made idle", got)
-    family, dense = _find("remove_idle", model)
-    blocks = (b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(dense))
-    family.set_blocks(dense, nn.Sequential(*blocks))
+    family, found = _find("remove_idle", model)
+    blocks = [b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(found)]
+    family.set_blocks(found, blocks)
     return model
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..block import IdleBlock, take_over, unfit
+from ..block import IdleBlock, IdleSequential, take_over, unfit
 
 NAME = "timm VisionTransformer"
+IDLE_BLOCK = IdleBlock
 
 
 def find(model: Any) -> nn.Module | None:
@@ -22,13 +23,15 @@ def find(model: Any) -> nn.Module | None:
     return model if isinstance(model, timm_vit.VisionTransformer) else None
 
 
-def blocks(model: Any) -> nn.Sequential:
-    return model.blocks
+def blocks(model: Any) -> list[nn.Module]:
+    return list(model.blocks)
 
 
-def set_blocks(model: Any, blocks: nn.Sequential) -> None:
-    take_over(blocks, model.blocks)
-    model.blocks = blocks
+def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
+    idle = any(isinstance(block, IdleBlock) for block in blocks)
+    sequence = IdleSequential(*blocks) if idle else nn.Sequential(*blocks)
+    take_over(sequence, model.blocks)
+    model.blocks = sequence
 
 
 def num_prefix_tokens(model: Any) -> int:

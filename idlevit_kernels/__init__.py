@@ -20,7 +20,7 @@ from .functional import (
     token_cut_loss,
     token_scores,
 )
-from .models import apply_idle, idle_blocks, remove_idle
+from .models import apply_idle, idle_blocks, load_released, remove_idle
 from .schedule import idle_schedule
 
 try:
@@ -41,6 +41,7 @@ __all__ = [
     "idle_block",
     "idle_blocks",
     "idle_schedule",
+    "load_released",
     "remove_idle",
     "scatter_add_tokens",
     "scatter_add_tokens_",

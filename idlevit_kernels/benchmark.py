@@ -279,6 +279,8 @@ def _create(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, in
     """The timm model with random weights, and the size of its input."""
     import timm
 
+    from .models import lvvit  # noqa: F401  registers its names with timm
+
     if not timm.is_model(name):
         names = timm.list_models()
         close = [known for known in names if name in known][:3] or difflib.get_close_matches(name, names)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
+import idlevit_kernels.models.lvvit  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +47,7 @@ SMALL = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_class
 MODELS = {
     "tiny": ("vit_tiny_patch16_224", SMALL),
     "deit, 12 layers": ("deit_tiny_patch16_224", {"num_classes": 7, "img_size": 48, "drop_path_rate": 0.1}),
+    "LV-ViT": ("lvvit_small_patch16_224", SMALL),
     "distilled": ("deit_tiny_distilled_patch16_224", SMALL),
     "DeiT-III": ("deit3_small_patch16_224", SMALL),
     "registers": ("vit_small_patch14_reg4_dinov2", SMALL | {"img_size": 56, "global_pool": "avg"}),

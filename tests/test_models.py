@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idlevit_kernels as ik
+import idlevit_kernels.models.lvvit  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +41,7 @@ NAMED = {
     "vit_base_patch16_siglip_gap_224": {"depth": 4, "img_size": 96},  # average, no class token
     "vit_medium_patch16_gap_240": {"depth": 4, "img_size": 96},
     "vit_medium_patch16_reg1_gap_256": {"depth": 4, "img_size": 96},  # a register, no class token
+    "lvvit_small_patch16_224": {"depth": 4, "img_size": 96},
     "vit_giant_patch14_dinov2": {"depth": 4, "img_size": 56, "embed_dim": 192, "num_heads": 3},  # SwiGLU
 }
 TINY = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7}

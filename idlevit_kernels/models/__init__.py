@@ -1,5 +1,6 @@
 """From a dense model to an IdleViT and back."""
 
 from .apply import apply_idle, idle_blocks, remove_idle
+from .checkpoint import load_released
 
-__all__ = ["apply_idle", "idle_blocks", "remove_idle"]
+__all__ = ["apply_idle", "idle_blocks", "load_released", "remove_idle"]

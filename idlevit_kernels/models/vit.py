@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: DeiT, ViT, DeiT-III, DINOv2, CLIP, SigLIP and their kin."""
+"""timm's VisionTransformer: DeiT, ViT, DeiT-III, DINOv2, CLIP, SigLIP, this package's LV-ViT and their kin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..block import IdleBlock, IdleSequential, take_over, unfit
 
-NAME = "timm VisionTransformer"
+NAME = "timm VisionTransformer (LV-ViT of this package, too)"
 IDLE_BLOCK = IdleBlock
 
 

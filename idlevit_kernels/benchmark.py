@@ -1,12 +1,17 @@
-"""Dense timm against IdleViT: throughput of the whole model, and one idle block over its dense floor."""
+"""Dense timm against IdleViT and its peers: throughput of the model, and one idle block over its dense floor."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import difflib
+import functools
+import importlib.util
 import itertools
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,7 +40,9 @@ class ModelRow:
     """One variant of the model at one batch size.
 
     Attributes:
-        keep_ratio: None for the dense model.
+        method: "dense", "IdleViT" or the name of a peer.
+        keep_ratio: of the IdleViT, or of the one that a peer is compared with; None for the dense model.
+        setting: of a peer, in words; empty for the others.
         macs: of one image.
         images_per_second, p20, p80: from the median and the percentiles of the time of a batch.
         samples: how often it was measured.
@@ -46,7 +53,9 @@ class ModelRow:
     """
 
     batch: int
+    method: str
     keep_ratio: float | None
+    setting: str
     compiled: bool
     macs: int
     images_per_second: float
@@ -74,6 +83,18 @@ class BlockRow:
     overhead: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A model that is measured; the fields are those of ``ModelRow``."""
+
+    method: str
+    keep_ratio: float | None = None
+    setting: str = ""
+
+
+DENSE = Variant("dense")
+
+
 @dataclasses.dataclass
 class Result:
     models: list[ModelRow] = dataclasses.field(default_factory=list)
@@ -91,9 +112,11 @@ class ModelBenchmark:
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:<index>"; None for the best there is.
         compiled: measure every model under torch.compile as well.
+        peers: measure the other methods of bench/peers/ beside each keep ratio.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, or a model that cannot idle; the message says why.
+        FileNotFoundError: peers are asked for outside a checkout of the repository.
     """
 
     def __init__(
@@ -105,6 +128,7 @@ class ModelBenchmark:
         dtype: str = "float32",
         device: str | None = None,
         compiled: bool = False,
+        peers: bool = False,
     ):
         ratios = [check_ratio("bench", ratio) for ratio in dict.fromkeys(keep_ratios)]
         if min(batches) < 1:
@@ -117,10 +141,14 @@ class ModelBenchmark:
         self.dense, self.input_size = _create(model, image_size)
         self.dense.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
         self.idle = {ratio: apply_idle(_sharing_weights(self.dense), ratio) for ratio in ratios}
+        self.models: dict[Variant, nn.Module] = {DENSE: self.dense}
+        self.models |= {Variant("IdleViT", ratio): idle for ratio, idle in self.idle.items()}
         try:
-            self.macs = {ratio: count_macs(m, self.input_size).total for ratio, m in self._models().items()}
+            self.macs = {variant: self._count(m) for variant, m in self.models.items()}
         except (AssertionError, RuntimeError) as error:  # of the first forward pass
             raise ValueError(f"bench: {model} cannot take images of {self.input_size}: {error}") from error
+        if peers:
+            self._add_peers(load_peers())
 
     def backend(self) -> str:
         """The backend that the idle blocks run on."""
@@ -147,9 +175,15 @@ class ModelBenchmark:
             pass
         return result
 
-    def _models(self) -> dict[float | None, nn.Module]:
-        models: dict[float | None, nn.Module] = {None: self.dense}
-        return models | self.idle
+    def _count(self, model: nn.Module) -> int:
+        return count_macs(model, self.input_size).total
+
+    def _add_peers(self, peers: ModuleType) -> None:
+        for ratio in self.idle:
+            macs = self.macs[Variant("IdleViT", ratio)]
+            for name, (peer, setting) in peers.peers_of(self.dense, ratio, macs, self.input_size).items():
+                variant = Variant(name, ratio, setting)
+                self.models[variant], self.macs[variant] = peer.eval(), self._count(peer)
 
     def _plan(self, seconds: float) -> dict[int, float]:
         """Seconds for each batch size: large ones need most, and small ones, being noisy, more than their part."""
@@ -168,12 +202,12 @@ class ModelBenchmark:
         return {key: call(model) for key, model in models.items()}
 
     def _measure_models(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
-        variants: dict[Any, Any] = {(ratio, False): model for ratio, model in self._models().items()}
+        variants: dict[Any, Any] = {(variant, False): model for variant, model in self.models.items()}
         if self.compiled:
             # All models share the code of one forward: past dynamo's limit of compilations it would give up.
             torch.compiler.reset()
-            for ratio, model in self._models().items():
-                variants[ratio, True] = torch.compile(model, fullgraph=True, dynamic=False)
+            for variant, model in self.models.items():
+                variants[variant, True] = torch.compile(model, fullgraph=True, dynamic=False)
         calls = self._calls(variants, (batch, *self.input_size))
         steps.begin(f"batch {batch}, models", seconds)
         try:
@@ -185,15 +219,15 @@ class ModelBenchmark:
         self._add_models(result, batch, timings)
 
     def _add_models(self, result: Result, batch: int, timings: dict[Any, Timing]) -> None:
-        for (ratio, compiled), timing in timings.items():
-            speedups = {mode: timings[None, mode].median / timing.median for _, mode in timings}
-            bound = self.macs[None] / self.macs[ratio]
+        for (variant, compiled), timing in timings.items():
+            speedups = {mode: timings[DENSE, mode].median / timing.median for _, mode in timings}
+            bound = self.macs[DENSE] / self.macs[variant]
             result.models.append(
                 ModelRow(
                     batch=batch,
-                    keep_ratio=ratio,
+                    **dataclasses.asdict(variant),
                     compiled=compiled,
-                    macs=self.macs[ratio],
+                    macs=self.macs[variant],
                     images_per_second=batch / timing.median,
                     p20=batch / timing.p80,
                     p80=batch / timing.p20,
@@ -252,6 +286,22 @@ def _first_of_each_stage(model: nn.Module) -> list[tuple[str, IdleBlock]]:
     for name, block in idle_blocks(model).items():
         stages.setdefault(block.keep_ratio, (name, block))
     return list(stages.values())
+
+
+@functools.cache
+def load_peers() -> ModuleType:
+    """The package bench/peers/ of the checkout that this package runs from; it is not installed with it."""
+    source = Path(__file__).resolve().parent.parent / "bench" / "peers" / "__init__.py"
+    if not source.exists():
+        raise FileNotFoundError(
+            f"bench: --peers needs {source}, which is in a checkout of the repository: install from one with"
+            " `pip install -e .`, or leave --peers out"
+        )
+    spec = importlib.util.spec_from_file_location("peers", source)
+    assert spec is not None and spec.loader is not None
+    sys.modules["peers"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:

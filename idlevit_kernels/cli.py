@@ -116,6 +116,9 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Measure torch.compile of all models too; compiling takes minutes.")
     ] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Measure EViT, ToMe, DynamicViT and the paper's released order too.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="Time to measure for, if three rounds of all fit into it.")] = 92.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")
@@ -137,7 +140,7 @@ def bench(
                     raise value_error("bench", "threads", "at least 1", threads)
                 torch.set_num_threads(threads)
             temporary = json_file and stack.enter_context(_temporary_beside(json_file))
-            benchmark = ModelBenchmark(model, keep_ratio, batch, image_size, dtype, device, compiled)
+            benchmark = ModelBenchmark(model, keep_ratio, batch, image_size, dtype, device, compiled, peers)
             facts = {
                 "command": shlex.join(["idlevit", *sys.argv[1:]]),
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -194,25 +197,35 @@ def _bench_text(facts: dict[str, Any], result: Result) -> Group:
         header.append("\nPARTIAL: interrupted before everything was measured", "bold red")
     legend = Text(
         "images/s: median of alternated calls, 20th to 80th percentile. Speed-up: over dense timm. MAC bound: MACs of"
-        " dense over those of idle. Reached: speed-up over MAC bound. Block overhead: the idle block on all tokens over"
-        " timm's dense block on only the kept ones, in each stage of idle layers.",
+        " dense over those of the method.",
         "dim",
     )
+    if not any(row.setting for row in result.models):
+        legend.append(
+            " Reached: speed-up over MAC bound. Block overhead: the idle block on all tokens over timm's dense block on"
+            " only the kept ones, in each stage of idle layers."
+        )
+    if settings := {f"at {row.keep_ratio:g} {row.method}: {row.setting}" for row in result.models if row.setting}:
+        legend.append(f"\nPeers: {'; '.join(sorted(settings))}.")
     return Group(header, "", _bench_table(result), "", legend)
 
 
 def _bench_table(result: Result) -> Table:
     compiled = any(row.compiled for row in result.models)
+    peers = any(row.setting for row in result.models)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("batch", justify="right")
     table.add_column("keep\nratio")
+    if peers:
+        table.add_column("method", no_wrap=True)
     if compiled:
         table.add_column("mode")
     for title in ("GMACs", "images/s", "p20-p80", "speed-\nup", *(("over\ncompiled",) if compiled else ())):
         table.add_column(title, justify="right")
-    for title in ("MAC\nbound", "reached"):
-        table.add_column(title, justify="right")
-    table.add_column("block overhead\nby stage", justify="right")
+    table.add_column("MAC\nbound", justify="right")
+    if not peers:  # they leave no room for more
+        table.add_column("reached", justify="right")
+        table.add_column("block overhead\nby stage", justify="right")
     overheads: dict[tuple[int, float], list[str]] = {}
     for block in result.blocks:
         overheads.setdefault((block.batch, block.keep_ratio), []).append(f"{block.overhead:.2f}")
@@ -220,21 +233,25 @@ def _bench_table(result: Result) -> Table:
     for row in result.models:
         if previous and row.batch != previous.batch:
             table.add_section()
-        table.add_row(
+        cells = [
             str(row.batch) if not previous or row.batch != previous.batch else "",
-            *_bench_cells(row, compiled),
-            "" if row.compiled else " ".join(overheads.get((row.batch, row.keep_ratio or 0.0), [])),
-        )
+            *_bench_cells(row, compiled, peers),
+        ]
+        if not peers:
+            stages = [] if row.compiled else overheads.get((row.batch, row.keep_ratio or 0.0), [])
+            cells += ["" if row.keep_ratio is None else f"{row.share_of_bound:.0%}", " ".join(stages)]
+        table.add_row(*cells)
         previous = row
     return table
 
 
-def _bench_cells(row: ModelRow, compiled: bool) -> list[str]:
+def _bench_cells(row: ModelRow, compiled: bool, peers: bool) -> list[str]:
     digits = 1 if row.images_per_second < 1000 else 0
     dense = row.keep_ratio is None
     over_compiled = "" if row.speedup_compiled is None else f"{row.speedup_compiled:.2f}x"
     return [
-        "dense" if dense else f"{row.keep_ratio:g}",
+        ("" if peers else "dense") if dense else f"{row.keep_ratio:g}",
+        *([row.method] if peers else []),
         *(["compiled" if row.compiled else "eager"] if compiled else []),
         f"{row.macs / 1e9:.3f}",
         f"{row.images_per_second:.{digits}f}",
@@ -242,5 +259,4 @@ def _bench_cells(row: ModelRow, compiled: bool) -> list[str]:
         f"{row.speedup:.2f}x",
         *([over_compiled] if compiled else []),
         "" if dense else f"{row.mac_bound:.2f}x",
-        "" if dense else f"{row.share_of_bound:.0%}",
     ]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backends import resolve
+
 
 @functools.cache
 def _has_onednn_linear() -> bool:
@@ -62,9 +64,13 @@ def _inactive(dropout: Any) -> bool:
 _MIN_MACS = 2**25
 
 
-def _linear(x: Tensor, layer: Any, gelu: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` through whichever library is faster."""
+    return _linear(x, weight, bias) if _use_onednn(x, resolve("auto")) else F.linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
     """The linear layer, and GELU of it where ``gelu`` names the approximation ("none" or "tanh")."""
-    weight, bias = layer.weight, layer.bias
     if x.numel() * weight.shape[0] < _MIN_MACS or weight.dtype is not x.dtype:
         y = F.linear(x, weight, bias)
         return y if gelu is None else F.gelu(y, approximate=gelu)
@@ -86,9 +92,11 @@ def attention(attn: Any, x: Tensor, backend: str) -> Tensor:
     ):
         return attn(x)
     B, n, _ = x.shape
-    q, k, v = _linear(x, qkv).view(B, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        _linear(x, qkv.weight, qkv.bias).view(B, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
-    return _linear(attn.norm(out.transpose(1, 2).flatten(2)), proj)
+    return _linear(attn.norm(out.transpose(1, 2).flatten(2)), proj.weight, proj.bias)
 
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -99,7 +107,7 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     if not (plain_linear(fc1) and plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
         return module(x)
     if plain(act, "torch.nn.modules.activation", "GELU"):
-        hidden = _linear(x, fc1, act.approximate)
+        hidden = _linear(x, fc1.weight, fc1.bias, act.approximate)
     else:
-        hidden = act(_linear(x, fc1))
-    return _linear(module.norm(hidden), fc2)
+        hidden = act(_linear(x, fc1.weight, fc1.bias))
+    return _linear(module.norm(hidden), fc2.weight, fc2.bias)

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .backends import use_backend
 from .block import IdleBlock, idle_block
+from .capture import CapturedModel, capture
 from .complexity import MacReport, count_macs
 from .errors import BackendError
 from .functional import (
@@ -30,9 +31,11 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 
 __all__ = [
     "BackendError",
+    "CapturedModel",
     "IdleBlock",
     "MacReport",
     "apply_idle",
+    "capture",
     "cls_direction",
     "count_macs",
     "expand_tokens",

@@ -52,11 +52,15 @@ def test_deit_small_under_dynamic_compile() -> None:
         torch.testing.assert_close(compiled(image), model(image), **TOLERANCE)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("kwargs", KINDS, ids=str)
-def test_dynamic_compile_of_other_kinds(kwargs: dict) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "kwargs"),
+    [("aot_eager", KINDS[0]), ("aot_eager", KINDS[2])]  # traces all that Inductor is given, and takes seconds
+    + [pytest.param("inductor", kwargs, marks=pytest.mark.full) for kwargs in KINDS],
+    ids=str,
+)
+def test_dynamic_compile_of_other_kinds(compiler: str, kwargs: dict) -> None:
     model = tiny(depth=2, dynamic_img_size=True, **kwargs)
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=compiler)
     for shape in ((2, 64, 64), (3, 64, 64), (2, 96, 64)):
         image = images(*shape)
         torch.testing.assert_close(compiled(image), model(image), **TOLERANCE)

@@ -1,0 +1,126 @@
+"""A whole model as one CUDA graph: one launch a forward pass instead of one a kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import describe, type_error, value_error
+
+_WARM_UP = 3  # passes: libraries make their handles and workspaces in the first, and Triton kernels are compiled
+
+
+def capture(model: nn.Module, example: Tensor) -> CapturedModel:
+    """Records the model's forward pass, in inference, as a CUDA graph for inputs like ``example``.
+
+    At small batches a GPU is done with a kernel before the host has launched the next; a graph launches all at once.
+    Equivalent PyTorch: ``model(x)`` under ``torch.no_grad()``, for the shape, dtype and device of the example only. An
+    autocast context that is open during the call is recorded with it.
+
+    ``torch.compile(model, mode="reduce-overhead")`` makes CUDA graphs too. It also fuses what lies between this
+    package's kernels and makes another graph for every shape that comes; in return it compiles the model first, and
+    its outputs are overwritten by the next call. ``capture`` records the kernels that eager mode launches.
+
+    Args:
+        model: in evaluation mode, all of it on one CUDA device. The graph reads its parameters where they lie: it sees
+            weights that change in place (``load_state_dict``), and not what replaces a parameter or a module (``to``,
+            ``remove_idle``): capture again after those.
+        example: an input, on the model's device; its values do not matter.
+
+    Returns:
+        A callable that takes inputs of the example's shape, dtype and device and returns what the model returns, in
+        tensors of its own. One call at a time: all of them share one input buffer.
+
+    Raises:
+        TypeError: model is not a module, or example not a tensor.
+        ValueError: the model trains or is not on one CUDA device, or the example is elsewhere.
+        RuntimeError: the model does what no graph can hold, such as reading a result on the host.
+    """
+    if not isinstance(model, nn.Module):
+        raise type_error("capture", "model", "a torch.nn.Module", model)
+    if not isinstance(example, Tensor):
+        raise type_error("capture", "example", "one input tensor, such as images [B, 3, H, W]", example)
+    for name, module in model.named_modules():
+        if module.training:
+            got = f"{type(module).__name__} {name!r} in training mode" if name else "one in training mode"
+            raise value_error("capture", "model", "in evaluation mode; call model.eval()", got)
+    devices = {t.device for t in [*model.parameters(), *model.buffers()]} or {example.device}
+    if len(devices) > 1 or next(iter(devices)).type != "cuda":
+        got = f"one on {', '.join(sorted(map(str, devices)))}"
+        raise value_error("capture", "model", "on one CUDA device (only those have graphs)", got)
+    if example.device not in devices:
+        raise value_error("capture", "example", f"on {next(iter(devices))}, where the model is", example)
+    return CapturedModel(model, example)
+
+
+class CapturedModel:
+    """What ``capture`` returns. ``model`` is the model, kept alive because the graph reads its memory."""
+
+    def __init__(self, model: nn.Module, example: Tensor):
+        self.model = model
+        with torch.cuda.device(example.device), _inference(), _autocast_without_cache():
+            self._input = example.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    model(self._input)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            try:
+                # "thread_local": another thread, one that loads data say, may allocate meanwhile.
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._output = model(self._input)
+            except RuntimeError as error:
+                first = error.__context__ or error  # ending a capture that has failed fails as well
+                raise RuntimeError(
+                    f"capture: {type(model).__name__} cannot be recorded as a CUDA graph: {first}\nIts forward pass"
+                    " must not wait for the device: no .item(), no .cpu(), no branch on a tensor's value."
+                ) from error
+
+    def __call__(self, x: Tensor) -> Any:
+        check_like("capture", x, self._input)
+        with torch.cuda.device(x.device), _inference():
+            self._input.copy_(x)
+            self._graph.replay()
+            return copy_tensors(self._output)
+
+    def __repr__(self) -> str:
+        return f"CapturedModel({type(self.model).__name__}, {describe(self._input)})"
+
+
+def check_like(op: str, x: Any, recorded: Tensor) -> None:
+    """A tensor with the shape, dtype and device of the recorded input; the error names what differs."""
+    if not isinstance(x, Tensor):
+        raise type_error(op, "x", f"a tensor like the example, {describe(recorded)}", x)
+    differs = [name for name in ("shape", "dtype", "device") if getattr(x, name) != getattr(recorded, name)]
+    if differs:
+        wanted = f"of the example's {' and '.join(differs)}: {describe(recorded)} (a graph holds one; capture another)"
+        raise value_error(op, "x", wanted, x)
+
+
+def copy_tensors(output: Any) -> Any:
+    """The output, in whatever tuples, lists, dictionaries or registered classes it comes, with tensors of its own."""
+    return pytree.tree_map_only(Tensor, torch.clone, output)
+
+
+@contextlib.contextmanager
+def _inference() -> Iterator[None]:
+    """No gradients; ordinary tensors all the same, which a loss may save (a teacher's logits)."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _autocast_without_cache() -> torch.autocast:
+    """The autocast that is on, if any, casting weights anew: a cached cast is freed while the graph still reads it."""
+    return torch.autocast(
+        "cuda",
+        dtype=torch.get_autocast_dtype("cuda"),
+        enabled=torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,
+    )

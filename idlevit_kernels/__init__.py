@@ -21,7 +21,8 @@ from .functional import (
     token_cut_loss,
     token_scores,
 )
-from .models import apply_idle, idle_blocks, load_released, remove_idle
+from .losses import IdleViTLoss, IdleViTOutput
+from .models import IdleViTForTraining, apply_idle, idle_blocks, load_released, remove_idle
 from .schedule import idle_schedule
 
 try:
@@ -33,6 +34,9 @@ __all__ = [
     "BackendError",
     "CapturedModel",
     "IdleBlock",
+    "IdleViTForTraining",
+    "IdleViTLoss",
+    "IdleViTOutput",
     "MacReport",
     "apply_idle",
     "capture",

@@ -15,9 +15,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import dense, ops
 from .backends import resolve
+from .cut_attention import check_cut, cut_attention
 from .dense import plain, plain_linear
 from .errors import type_error, value_error
 from .functional import check_counts, check_integer, check_tensor, check_writable
+from .reference.layer_norm import accumulate_dtype
 from .schedule import check_ratio, num_kept
 from .scoring import check_scorer, layer_norm_parameters, score_tokens
 
@@ -51,6 +53,7 @@ def idle_block(
     inplace: bool = False,
     return_indices: bool = False,
     backend: str = "auto",
+    cut: str | None = None,
 ) -> Any:
     """One pre-norm transformer block on the ``num_keep`` most relevant image tokens; the others idle.
 
@@ -67,9 +70,11 @@ def idle_block(
         inplace: write the result into x. Everything that shares its memory changes; not while gradients are recorded.
         return_indices: also return the indices of the computed tokens, [B, P + K] int64, ascending.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        cut: for training, also return the token cut loss of this kind, as in ``token_cut_loss``; "none": 0 at no cost.
 
     Returns:
-        [B, T, C], or that and the indices. Rows of idle tokens equal those of x bit for bit.
+        [B, T, C], or that and the indices; with ``cut``: [B, T, C], the token cut loss (a scalar), the indices. Rows of
+        idle tokens equal those of x bit for bit.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
@@ -91,7 +96,11 @@ def idle_block(
         check_writable("idle_block", x)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         raise value_error("idle_block", "inplace", "False while gradients are recorded (or use torch.no_grad)", inplace)
-    out, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend))
+    if cut is not None:
+        check_cut("idle_block", block.attn, cut)
+    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend), cut)
+    if cut is not None:
+        return out, token_cut, indices
     return (out, indices) if return_indices else out
 
 
@@ -126,22 +135,35 @@ def _dense(x: Tensor, block: Any, backend: str) -> Tensor:
 
 
 def _idle(
-    x: Tensor, block: Any, num_keep: int, num_prefix_tokens: int, scorer: str, inplace: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    block: Any,
+    num_keep: int,
+    num_prefix_tokens: int,
+    scorer: str,
+    inplace: bool,
+    backend: str,
+    cut: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    # Nothing crosses the cut where no token idles.
+    token_cut = None if cut is None else x.new_zeros((), dtype=accumulate_dtype(x.dtype))
     if num_keep == x.shape[1] - num_prefix_tokens:
         out = _dense(x, block, backend)
         everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return (x.copy_(out) if inplace else out), everything
+        return (x.copy_(out) if inplace else out), token_cut, everything
 
     norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)
     scores = score_tokens(x, block, norm1, scorer, backend)  # [B, T]
 
-    if norm1 is not None:
-        indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm1, backend=backend)
-    else:
+    if cut not in (None, "none"):
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
-        y = block.norm1(ops.gather_tokens(x, indices, backend=backend))
-    branch = dense.attention(block.attn, y, backend)  # [B, n, C]
+        branch, token_cut = cut_attention(block.attn, block.norm1(x), indices, num_prefix_tokens, cut, backend)
+    else:
+        if norm1 is not None:
+            indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm1, backend=backend)
+        else:
+            indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
+            y = block.norm1(ops.gather_tokens(x, indices, backend=backend))
+        branch = dense.attention(block.attn, y, backend)  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 1)
     if norm2 is not None:
@@ -154,8 +176,8 @@ def _idle(
     branch, gamma = _scale_and_drop(branch, block, 2)
     if inplace:
         ops.scatter_add_tokens_(x, indices, tokens, branch, gamma, 1.0, backend=backend)
-        return x, indices
-    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, 1.0, backend=backend), indices
+        return x, token_cut, indices
+    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, 1.0, backend=backend), token_cut, indices
 
 
 def _scale_and_drop(branch: Tensor, block: Any, i: int) -> tuple[Tensor, Tensor | None]:
@@ -207,14 +229,19 @@ class IdleBlock(nn.Module):
         self._block = (block,)  # in a tuple, so that it is no sub-module
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, inplace: bool = False
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        inplace: bool = False,
+        cut: str | None = None,
+    ) -> Any:
         if attn_mask is not None:
             raise value_error("IdleBlock", "attn_mask", "None: idle tokens need full attention", attn_mask)
         if is_causal:
             raise value_error("IdleBlock", "is_causal", "False: idle tokens need full attention", is_causal)
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
-        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace)
+        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace, cut=cut)
 
     def observed(self) -> bool:
         """Whether anything but this block may hold its input or output: a hook, a replaced method, an unknown norm."""

@@ -1,7 +1,6 @@
 """The compact form equals the paper's training form (arXiv 2310.05654, section 3), in value and in gradient.
 
-That form is written out here: attention over all tokens with the keys of idle tokens at -1e5 before the softmax, both
-branches multiplied by the 0/1 mask, selection by the raw attention logits averaged over heads.
+That form is written out in ``reference/masked_form.py``.
 """
 
 from __future__ import annotations
@@ -13,34 +12,13 @@ from torch import Tensor, nn
 
 import idlevit_kernels as ik
 import idlevit_kernels.models.lvvit  # noqa: F401
+from idlevit_kernels.reference import masked_form as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def masked_block(x: Tensor, block: nn.Module, num_keep: int, num_prefix_tokens: int, scorer: str) -> Tensor:
-    attn = block.attn
-    B, T, _ = x.shape
-    qkv = attn.qkv(block.norm1(x)).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k, v = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]  # each [B, H, T, head_dim]
-    logits = q @ k.transpose(-2, -1)  # [B, H, T, T]
-    scores = logits.mean(1)[:, 0] if scorer == "cls" else logits.mean((1, 2))  # [B, T]
-    kept = scores[:, num_prefix_tokens:].topk(num_keep).indices + num_prefix_tokens
-    mask = torch.zeros_like(scores).scatter(1, kept, 1.0)
-    mask[:, :num_prefix_tokens] = 1.0
-
-    masked = (logits * attn.scale).masked_fill(mask[:, None, None, :] == 0, -1e5)
-    branch = attn.norm((masked.softmax(-1) @ v).transpose(1, 2).reshape(B, T, -1))
-    x = x + mask[..., None] * block.drop_path1(block.ls1(attn.proj(branch)))
-    return x + mask[..., None] * block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-
 def masked_form(model: nn.Module, image: Tensor, schedule: list[float], scorer: str) -> Tensor:
-    """The logits of the dense model, run as the paper trains it."""
-    x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(image))))
-    P = model.num_prefix_tokens
-    for block, ratio in zip(model.blocks, schedule, strict=True):
-        x = block(x) if ratio == 1 else masked_block(x, block, max(1, int(ratio * (x.shape[1] - P))), P, scorer)
-    return model.forward_head(model.norm(x))
+    return reference.masked_form(model, image, schedule, scorer)[0]
 
 
 SMALL = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7, "drop_path_rate": 0.3}

@@ -2,5 +2,6 @@
 
 from .apply import apply_idle, idle_blocks, remove_idle
 from .checkpoint import load_released
+from .training import IdleViTForTraining
 
-__all__ = ["apply_idle", "idle_blocks", "load_released", "remove_idle"]
+__all__ = ["IdleViTForTraining", "apply_idle", "idle_blocks", "load_released", "remove_idle"]

@@ -2,7 +2,9 @@
 
 Such a module has a NAME; IDLE_BLOCK, the class of its idle blocks (an IdleBlock); ``find``, what holds the blocks in a
 model, or None; ``blocks``, all of them in the order they run, whatever stages they lie in; ``set_blocks``;
-``num_prefix_tokens``; ``default_scorer``; ``reasons``, why the model cannot idle.
+``num_prefix_tokens``; ``default_scorer``; ``reasons``, why the model cannot idle. A family whose image tokens stay one
+sequence from the first block to the last can be trained if it has ``embed``, images to the tokens of the first block,
+and ``head``, tokens of the last block to logits and features (those of ``IdleViTOutput``).
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def apply_idle(
         ValueError: a ratio or schedule that does not fit, or a model that is idle already.
         The model is unchanged if anything is raised.
     """
-    family, found = _find("apply_idle", model)
+    family, found = find_family("apply_idle", model)
     blocks = family.blocks(found)
     if any(isinstance(block, IdleBlock) for block in blocks):
         got = f"a model with {len(idle_blocks(model))} idle blocks"
@@ -81,13 +83,14 @@ def remove_idle(model: Model) -> Model:
     if not any(isinstance(module, IdleBlock) for module in model.modules()):
         got = f"a dense {type(model).__name__}"
         raise value_error("remove_idle", "model", "one that apply_idle made idle", got)
-    family, found = _find("remove_idle", model)
+    family, found = find_family("remove_idle", model)
     blocks = [b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(found)]
     family.set_blocks(found, blocks)
     return model
 
 
-def _find(op: str, model: nn.Module) -> tuple[ModuleType, nn.Module]:
+def find_family(op: str, model: nn.Module) -> tuple[ModuleType, nn.Module]:
+    """The module that describes the model's family, and the model of that family in it."""
     if not isinstance(model, nn.Module):
         raise type_error(op, "model", "a torch.nn.Module", model)
     for family in FAMILIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..block import IdleBlock, IdleSequential, take_over, unfit
 
@@ -36,6 +36,22 @@ def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
 
 def num_prefix_tokens(model: Any) -> int:
     return model.num_prefix_tokens
+
+
+def embed(model: Any, images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C]."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def head(model: Any, x: Tensor) -> tuple[Any, Tensor]:
+    """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
+    x = model.norm(x)
+    if hasattr(model, "aux_head"):  # LV-ViT classifies from all tokens
+        return model.forward_head(x), x
+    if hasattr(model, "head_dist"):
+        return model.forward_head(x), x[:, 0]
+    features = model.forward_head(x, pre_logits=True)
+    return model.head(features), features
 
 
 def default_scorer(model: Any) -> str:

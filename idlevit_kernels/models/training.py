@@ -1,0 +1,70 @@
+"""A model as its training loss sees it: logits, features, token cut losses and selections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..block import IdleBlock
+from ..errors import type_error, value_error
+from ..losses import IdleViTOutput
+from ..reference.layer_norm import accumulate_dtype
+from ..reference.token_cut_loss import ROW_WEIGHTS
+from .apply import find_family
+
+
+class IdleViTForTraining(nn.Module):
+    """Runs a model and returns an ``IdleViTOutput``, which ``IdleViTLoss`` reads.
+
+    ``wrapped.model`` is the model itself, with its state-dict keys; evaluate and save that one. A dense model is
+    the teacher: no idle layer, so ``token_cut`` is empty. Every result travels as a return value of its block, nothing
+    is stored on a module: so DistributedDataParallel and FSDP2 see all outputs that gradients come from, activation
+    checkpointing (timm's ``set_grad_checkpointing``, one block a segment, non-reentrant) can run a block twice, and
+    torch.compile finds no side effect.
+
+    Args:
+        model: as ``apply_idle`` takes and returns it, with its classifier.
+        cut: kind of ``token_cut_loss``: "both", "inter", "intra"; "none" computes nothing of it, and the losses are 0.
+
+    Raises:
+        TypeError, ValueError: an unsupported model or kind; the message names it.
+    """
+
+    def __init__(self, model: nn.Module, cut: str = "both"):
+        super().__init__()
+        family, found = find_family("IdleViTForTraining", model)
+        if found is not model:
+            raise type_error("IdleViTForTraining", "model", "a model with its classifier, not features_only", model)
+        if not hasattr(family, "embed"):
+            raise TypeError(f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}")
+        if cut not in ROW_WEIGHTS:
+            raise value_error("IdleViTForTraining", "cut", f"one of {list(ROW_WEIGHTS)}", cut)
+        self.model, self.cut = model, cut
+        # Functions, not the module they are in: copy.deepcopy and pickle take those.
+        self._embed, self._blocks, self._head = family.embed, family.blocks, family.head
+
+    def forward(self, images: Tensor) -> IdleViTOutput:
+        model: Any = self.model
+        recompute = model.grad_checkpointing and torch.is_grad_enabled()
+
+        def run(block: nn.Module, x: Tensor, **kwargs: Any) -> Any:
+            return checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
+
+        x = self._embed(model, images)
+        token_cut, indices = [], []
+        for block in self._blocks(model):
+            if isinstance(block, IdleBlock) and block.keep_ratio < 1:
+                x, cut, kept = run(block, x, cut=self.cut)
+                token_cut.append(cut)
+                indices.append(kept)
+            else:
+                x = run(block, x)
+        logits, features = self._head(model, x)
+        cuts = torch.stack(token_cut) if token_cut else x.new_zeros(0, dtype=accumulate_dtype(x.dtype))
+        return IdleViTOutput(logits, features, cuts, tuple(indices))
+
+    def extra_repr(self) -> str:
+        return f"cut={self.cut!r}"

@@ -40,7 +40,7 @@ def peers_of(
         return setting_for_macs(lambda setting: peer(on_meta, setting), macs, low, high, input_size)
 
     keep_rate, ratio = at_equal_macs(EViT, 0.01, 1.0), at_equal_macs(DynamicViT, 0.05, 1.0)
-    r = ToMe(model, at_equal_macs(ToMe, 0.0, on_meta.patch_embed.num_patches / 4)).r
+    r = ToMe(model, at_equal_macs(ToMe, 0.0, 2 * on_meta.patch_embed.num_patches / len(on_meta.blocks))).r
     return {
         "released order": (ReleasedIdleViT(model, keep_ratio), f"keep ratio {keep_ratio:g}"),
         "EViT": (EViT(model, keep_ratio), f"keep rate {keep_ratio:g}"),

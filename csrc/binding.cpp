@@ -64,6 +64,14 @@ int cpu_select_gather_norm(SHAPE, int64_t prefix, TOKENS, Address scores, NORM, 
         threads);
 }
 
+int cpu_cls_select_gather_norm(SHAPE, int64_t prefix, TOKENS, NORM, Address qkv_weight, Address qkv_bias, int64_t width,
+                               Address workspace, Address indices, Address normed, int threads) {
+    return run<DType, Shape, int64_t, Tokens, Norm, const void*, const void*, int64_t, void*, int64_t*, void*, int>(
+        idlevit::cpu::kernels().cls_select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
+        Tokens{at(x), x_batch, x_token}, Norm{at(weight), at(bias), eps}, at(qkv_weight), at(qkv_bias), width,
+        at(workspace), indices_out(indices), at(normed), threads);
+}
+
 int cpu_gather_tokens(SHAPE, TOKENS, Address indices, Address out, int threads) {
     return run<DType, Shape, Tokens, const int64_t*, void*, int>(
         idlevit::cpu::kernels().gather_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
@@ -162,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_token_scores", &cpu_token_scores);
     m.def("cpu_select_tokens", &cpu_select_tokens);
     m.def("cpu_select_gather_norm", &cpu_select_gather_norm);
+    m.def("cpu_cls_select_gather_norm", &cpu_cls_select_gather_norm);
     m.def("cpu_gather_tokens", &cpu_gather_tokens);
     m.def("cpu_gather_add_norm", &cpu_gather_add_norm);
     m.def("cpu_scatter_tokens", &cpu_scatter_tokens);

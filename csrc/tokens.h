@@ -75,6 +75,12 @@ struct Kernels {
     Status (*select_gather_norm)(DType dtype, Shape shape, int64_t prefix, Tokens x, const void* scores, Norm norm,
                                  int64_t* indices, void* normed, int threads);
 
+    // cls_direction, token_scores and select_gather_norm as one parallel region: a few images are done before the
+    // threads of three regions would have met. f32 and f64 only; workspace: B * (width + C + T) numbers.
+    Status (*cls_select_gather_norm)(DType dtype, Shape shape, int64_t prefix, Tokens x, Norm norm,
+                                     const void* qkv_weight, const void* qkv_bias, int64_t width, void* workspace,
+                                     int64_t* indices, void* normed, int threads);
+
     // out[b, i] = x[b, indices[b, i]], contiguous [B, n, C].
     Status (*gather_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* indices, void* out, int threads);
 

@@ -21,7 +21,7 @@ from .errors import type_error, value_error
 from .functional import check_counts, check_integer, check_tensor, check_writable
 from .reference.layer_norm import accumulate_dtype
 from .schedule import check_ratio, num_kept
-from .scoring import check_scorer, layer_norm_parameters, score_tokens
+from .scoring import check_scorer, layer_norm_parameters, score_tokens, select_tokens
 
 _PARTS = ("norm1", "attn", "norm2", "mlp")
 _ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "num_heads")
@@ -151,21 +151,16 @@ def _idle(
         everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return (x.copy_(out) if inplace else out), token_cut, everything
 
-    norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)
-    scores = score_tokens(x, block, norm1, scorer, backend)  # [B, T]
-
     if cut not in (None, "none"):
+        scores = score_tokens(x, block, layer_norm_parameters(block.norm1), scorer, backend)  # [B, T]
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
         branch, token_cut = cut_attention(block.attn, block.norm1(x), indices, num_prefix_tokens, cut, backend)
     else:
-        if norm1 is not None:
-            indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm1, backend=backend)
-        else:
-            indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
-            y = block.norm1(ops.gather_tokens(x, indices, backend=backend))
+        indices, y = select_tokens(x, block, num_keep, num_prefix_tokens, scorer, backend)  # [B, n], [B, n, C]
         branch = dense.attention(block.attn, y, backend)  # [B, n, C]
 
     branch, gamma = _scale_and_drop(branch, block, 1)
+    norm2 = layer_norm_parameters(block.norm2)
     if norm2 is not None:
         tokens, y = ops.gather_add_norm(x, indices, branch, gamma, 1.0, *norm2, backend=backend)
     else:

@@ -19,6 +19,31 @@ from .reference.layer_norm import accumulate_dtype
 _lib = torch.library.Library("idlevit", "DEF")
 
 
+_Key = torch._C.DispatchKey
+# What the dispatcher of every thread includes while gradients are off, in inference mode and under no_grad.
+_ORDINARY = {
+    torch._C.DispatchKeySet(_Key.BackendSelect).raw_repr(),
+    torch._C.DispatchKeySet(_Key.BackendSelect).add(_Key.ADInplaceOrView).raw_repr(),
+}
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether the dispatcher would do nothing for this call but find the kernel: no gradients, no compiler, tracer,
+    transform, mode, autocast, subclass or profiler.
+
+    Then the kernel is called as it is. With the caches full of a layer's weights, the way through the dispatcher into
+    Python costs 30 us an op (measured at batch 1), which is more than the kernels take.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _ORDINARY
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.autograd._profiler_enabled()
+    )
+
+
 def _define(schema: str) -> Any:
     """Defines ``name(arguments) -> result`` with a keyword-only ``backend`` and returns the op."""
     name, rest = schema.split("(", 1)
@@ -37,7 +62,12 @@ def _define(schema: str) -> Any:
         return result
 
     _lib.impl(name, run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.idlevit, name).default
+    op = getattr(torch.ops.idlevit, name).default
+
+    def call(*args: Any, backend: str = "auto") -> Any:
+        return run(*args, backend=backend) if _direct(args[0]) else op(*args, backend=backend)
+
+    return call
 
 
 cls_direction = _define(
@@ -78,6 +108,30 @@ token_cut_loss_backward = _define(
     "token_cut_loss_backward(Tensor grad, Tensor q, Tensor k, Tensor indices, Tensor lse, Tensor share, float scale,"
     " SymInt num_prefix_tokens, str kind) -> (Tensor grad_q, Tensor grad_k)"
 )
+
+
+def cls_select_gather_norm(
+    x: Tensor,
+    num_keep: int,
+    num_prefix_tokens: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``cls_direction``, ``token_scores`` and ``select_gather_norm``, in one call of a backend that has one."""
+    norm = (norm_weight, norm_bias, eps)
+    if _direct(x):
+        args = (x, num_keep, num_prefix_tokens, *norm, qkv_weight, qkv_bias)
+        fused = backends.kernel("cls_select_gather_norm", backend, args, like="select_gather_norm")
+        if fused is not None:
+            return fused(*args)
+    with torch.no_grad():  # selection has no gradient
+        direction = cls_direction(x, *norm, qkv_weight, qkv_bias, backend=backend)
+        scores = token_scores(x, direction, *norm, backend=backend)
+    return select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
 
 
 # Fakes: what each op returns, without computing it.

@@ -101,8 +101,7 @@ def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, bac
         if not _has_linear_keys(attn):
             return _key_scores(block.norm1(x), attn, scorer)
         if norm is not None and scorer == "cls":
-            qkv = attn.qkv
-            u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)
+            u = ops.cls_direction(x, *norm, attn.qkv.weight, attn.qkv.bias, backend=backend)
             return ops.token_scores(x, u, *norm, backend=backend)
         normed = block.norm1(x)
         u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
@@ -110,3 +109,20 @@ def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, bac
             return ops.token_scores(x, u, *norm, backend=backend)
         acc = accumulate_dtype(x.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
+
+
+def select_tokens(
+    x: Tensor, block: Any, num_keep: int, num_prefix_tokens: int, scorer: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The tokens that one block computes: their indices [B, n], and norm1 of them, [B, n, C]."""
+    norm, attn = layer_norm_parameters(block.norm1), block.attn
+    if norm is not None and scorer == "cls" and _has_linear_keys(attn):
+        qkv = attn.qkv
+        return ops.cls_select_gather_norm(
+            x, num_keep, num_prefix_tokens, *norm, qkv.weight, qkv.bias, backend=backend
+        )
+    scores = score_tokens(x, block, norm, scorer, backend)  # [B, T]
+    if norm is not None:
+        return ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
+    indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)
+    return indices, block.norm1(ops.gather_tokens(x, indices, backend=backend))

@@ -1,7 +1,8 @@
 #pragma once
 
 #include "../selection.h"
-#include "rows.h"
+#include "direction.h"
+#include "score.h"
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
@@ -42,24 +43,50 @@ inline Status select_tokens(DType dtype, Shape s, int64_t prefix, const void* sc
     });
 }
 
+// For a team of threads.
+template <typename T>
+inline void select_and_normalize(const Shape& s, int64_t prefix, const Tokens& x, const acc_t<T>* scores,
+                                 const Norm& norm, int64_t* indices, T* normed) {
+    using A = acc_t<T>;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < s.B; ++b) select_row(scores, s, prefix, b, indices);
+    A in[kBuffer<T>], out[kBuffer<T>];
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < s.B * s.n; ++row) {
+        T* target = normed + row * s.C;
+        A* values = staging(target, out);
+        normalize(widen(token_row<T>(x, row / s.n, indices[row]), in, s.C), norm, values, s.C);
+        narrow(values, target, s.C);
+    }
+}
+
 inline Status select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x, const void* scores, Norm norm,
                                  int64_t* indices, void* normed, int threads) {
     return with_dtype(dtype, [&](auto element) {
         using T = decltype(element);
-        using A = acc_t<T>;
         [[maybe_unused]] const bool serial = s.B * s.n * s.C < kSerialElements;
 #pragma omp parallel num_threads(threads) if (!serial)
+        select_and_normalize<T>(s, prefix, x, static_cast<const acc_t<T>*>(scores), norm, indices,
+                                static_cast<T*>(normed));
+        return Status::ok;
+    });
+}
+
+inline Status cls_select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x, Norm norm,
+                                     const void* qkv_weight, const void* qkv_bias, int64_t width, void* workspace,
+                                     int64_t* indices, void* normed, int threads) {
+    if (dtype != DType::f32 && dtype != DType::f64) return Status::bad_dtype;
+    return with_dtype(dtype, [&](auto element) {
+        using A = acc_t<decltype(element)>;
+        A* query = static_cast<A*>(workspace);
+        A* direction = query + s.B * width;
+        A* scores = direction + s.B * s.C;
+#pragma omp parallel num_threads(threads)
         {
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < s.B; ++b) select_row(static_cast<const A*>(scores), s, prefix, b, indices);
-            A in[kBuffer<T>], out[kBuffer<T>];
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < s.B * s.n; ++row) {
-                T* target = static_cast<T*>(normed) + row * s.C;
-                A* values = staging(target, out);
-                normalize(widen(token_row<T>(x, row / s.n, indices[row]), in, s.C), norm, values, s.C);
-                narrow(values, target, s.C);
-            }
+            direct(s, x, norm, static_cast<const A*>(qkv_weight), static_cast<const A*>(qkv_bias), width, query,
+                   direction, threads);
+            score_tokens<A>(s, x, direction, norm, scores);
+            select_and_normalize<A>(s, prefix, x, scores, norm, indices, static_cast<A*>(normed));
         }
         return Status::ok;
     });

@@ -68,31 +68,36 @@ def module(name: str) -> ModuleType:
 _chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
-def kernel(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+def kernel(op: str, backend: str, args: tuple[Any, ...], like: str | None = None) -> Any:
     """The function that runs this call of the op. Raises BackendError if a named backend cannot.
 
     The choice depends on the op, the backend asked for and the first tensor's dtype, device and sizes but for the
     batch, so it is made once for each: at a batch of one, a look at every argument would cost as much as a kernel.
+
+    ``like`` names another op, for one that a backend need not have: that of the backend which would run ``like``, or
+    None.
     """
     first = args[0]
     key = (op, backend, first.dtype, first.device, first.shape[1:])
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _choose(op, backend, args)
-    return found
+    try:
+        return _chosen[key]
+    except KeyError:
+        chosen = _choose(like or op, backend, args)
+        found = _chosen[key] = getattr(chosen, op, None) if like else getattr(chosen, op)
+        return found
 
 
-def _choose(op: str, backend: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+def _choose(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
     if backend != "auto":
         chosen = module(check_name(backend))
         reasons = chosen.reasons(op, args)
         if reasons:
             raise BackendError(op, _call(args), {backend: reasons})
-        return getattr(chosen, op)
+        return chosen
     for name in _PREFERENCE.get(args[0].device.type, ("reference",)):
         reasons = module(name).reasons(op, args)
         if not reasons:
-            return getattr(module(name), op)
+            return module(name)
         _log_fallback(op, name, tuple(reasons))
     raise AssertionError("the reference backend runs every call")
 

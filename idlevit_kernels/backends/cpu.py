@@ -27,6 +27,9 @@ def extension() -> ModuleType | None:
     return found
 
 
+_MAX_DIRECTIONS = 16
+
+
 class CPUOps(native.NativeOps):
     device_type = "cpu"
 
@@ -54,10 +57,9 @@ class CPUOps(native.NativeOps):
         qkv_weight: Tensor,
         qkv_bias: Tensor | None,
     ) -> Tensor:
-        B, T, C = x.shape
-        # The kernel reads the weights once per image; a matrix product reads them once for all, so it takes over here.
-        if B > 4 or x.dtype not in (torch.float32, torch.float64) or x.stride(2) != 1:
+        if not self._reads(x, qkv_weight):
             return reference.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
+        B, T, C = x.shape
         native.check_channels(x, norm_weight, norm_bias, qkv_weight)
         (dtype,), (weight, bias, qkv_weight_, qkv_bias) = self.parameters(
             x, norm_weight, norm_bias, qkv_weight, qkv_bias
@@ -73,6 +75,48 @@ class CPUOps(native.NativeOps):
             raise self.error("cls_direction", failure, None, T)
         return direction
 
+    def _reads(self, x: Tensor, qkv_weight: Tensor) -> bool:
+        """Whether the kernel that computes directions takes these. It reads the weights once for a few images; from
+        some number of images on, a matrix product is better."""
+        return (
+            x.shape[0] <= _MAX_DIRECTIONS
+            and (x.dtype is torch.float32 or x.dtype is torch.float64)
+            and qkv_weight.dtype is x.dtype
+            and x.stride(2) == 1
+        )
+
+    def cls_select_gather_norm(
+        self,
+        x: Tensor,
+        num_keep: int,
+        num_prefix_tokens: int,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        norm = (norm_weight, norm_bias, eps)
+        if not self._reads(x, qkv_weight):
+            scores = self.token_scores(x, self.cls_direction(x, *norm, qkv_weight, qkv_bias), *norm)
+            return self.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm)
+        B, T, C = x.shape
+        n, width = num_prefix_tokens + num_keep, qkv_weight.shape[0] // 3
+        native.check_channels(x, norm_weight, norm_bias, qkv_weight)
+        (dtype,), (weight, bias, qkv_weight_, qkv_bias) = self.parameters(
+            x, norm_weight, norm_bias, qkv_weight, qkv_bias
+        )
+        workspace = x.new_empty(B * (width + C + T))
+        indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
+        failure = self.call(
+            "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), x.stride(0), x.stride(1),
+            native.address(weight), native.address(bias), eps, native.address(qkv_weight_), native.address(qkv_bias),
+            width, workspace.data_ptr(), indices.data_ptr(), normed.data_ptr(),
+        )  # fmt: skip
+        if failure:
+            raise self.error("cls_select_gather_norm", failure, None, T)
+        return indices, normed
+
     def error(self, op: str, failure: int, indices: Tensor | None, num_tokens: int) -> Exception:
         if failure == 1 and indices is not None:
             return bad_indices(op, indices, num_tokens)
@@ -83,6 +127,7 @@ _ops = CPUOps()
 installed = _ops.installed
 reasons = _ops.reasons
 cls_direction = _ops.cls_direction
+cls_select_gather_norm = _ops.cls_select_gather_norm
 token_scores = _ops.token_scores
 select_tokens = _ops.select_tokens
 select_gather_norm = _ops.select_gather_norm

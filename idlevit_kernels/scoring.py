@@ -118,9 +118,7 @@ def select_tokens(
     norm, attn = layer_norm_parameters(block.norm1), block.attn
     if norm is not None and scorer == "cls" and _has_linear_keys(attn):
         qkv = attn.qkv
-        return ops.cls_select_gather_norm(
-            x, num_keep, num_prefix_tokens, *norm, qkv.weight, qkv.bias, backend=backend
-        )
+        return ops.cls_select_gather_norm(x, num_keep, num_prefix_tokens, *norm, qkv.weight, qkv.bias, backend=backend)
     scores = score_tokens(x, block, norm, scorer, backend)  # [B, T]
     if norm is not None:
         return ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)

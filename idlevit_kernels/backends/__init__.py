@@ -11,7 +11,7 @@ import contextvars
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -65,7 +65,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-_chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_chosen: dict[tuple[Any, ...], Any] = {}
 
 
 def kernel(op: str, backend: str, args: tuple[Any, ...], like: str | None = None) -> Any:

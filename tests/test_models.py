@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from timm.models import vision_transformer
 from timm.models.vision_transformer import (
-    DiffParallelScalingBlock,
     ParallelScalingBlock,
     ParallelThingsBlock,
     ResPostBlock,
@@ -635,15 +635,24 @@ def test_handles_work_across_apply_and_remove(where: str) -> None:
 REFUSED = {
     "parallel scaling": (lambda: tiny(block_fn=ParallelScalingBlock), "ParallelScalingBlock.*in parallel"),
     "parallel things": (lambda: tiny(block_fn=ParallelThingsBlock), "ParallelThingsBlock.*in parallel"),
-    "parallel diff": (lambda: tiny(block_fn=DiffParallelScalingBlock), "DiffParallelScalingBlock.*in parallel"),
     "post-norm": (lambda: tiny(block_fn=ResPostBlock), "ResPostBlock.*post-norm"),
     "relative": (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=2), "must be one of.*RelPos"),
-    "differential attention": (lambda: tiny(attn_layer="diff"), "attention is DiffAttention.*not timm's softmax"),
     "EVA": (lambda: timm.create_model("eva02_tiny_patch14_224", depth=2), "must be one of.*Eva"),
     "ResNet": (lambda: timm.create_model("resnet18"), "must be one of: timm VisionTransformer; got timm.*ResNet"),
     "Linear": (lambda: nn.Linear(3, 3), "must be one of.*got torch.nn.modules.linear.Linear"),
     "compiled": (lambda: torch.compile(tiny()), "OptimizedModule.*before torch.compile"),
 }  # fmt: skip
+if hasattr(vision_transformer, "DiffParallelScalingBlock"):  # not in the oldest timm that is supported
+    REFUSED |= {
+        "parallel diff": (
+            lambda: tiny(block_fn=vision_transformer.DiffParallelScalingBlock),
+            "DiffParallelScalingBlock.*in parallel",
+        ),
+        "differential attention": (
+            lambda: tiny(attn_layer="diff"),
+            "attention is DiffAttention.*not timm's softmax",
+        ),
+    }
 
 
 @pytest.mark.parametrize("make, reason", REFUSED.values(), ids=REFUSED)

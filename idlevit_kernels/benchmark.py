@@ -138,9 +138,9 @@ class ModelBenchmark:
         self.device = _device(device)
         self.batches = list(dict.fromkeys(batches))
         self.compiled = compiled
-        self.dense, self.input_size = _create(model, image_size)
+        self.dense, self.input_size = create_model("bench", model, image_size)
         self.dense.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
-        self.idle = {ratio: apply_idle(_sharing_weights(self.dense), ratio) for ratio in ratios}
+        self.idle = {ratio: apply_idle(sharing_weights(self.dense), ratio) for ratio in ratios}
         self.models: dict[Variant, nn.Module] = {DENSE: self.dense}
         self.models |= {Variant("IdleViT", ratio): idle for ratio, idle in self.idle.items()}
         try:
@@ -304,7 +304,7 @@ def load_peers() -> ModuleType:
     return package
 
 
-def _sharing_weights(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module) -> nn.Module:
     """A copy of the modules around the same parameters and buffers."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(t): t for t in tensors})
@@ -325,8 +325,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _create(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, int, int]]:
-    """The timm model with random weights, and the size of its input."""
+def check_model_name(op: str, name: str) -> None:
     import timm
 
     from .models import lvvit  # noqa: F401  registers its names with timm
@@ -335,13 +334,22 @@ def _create(name: str, image_size: int | None) -> tuple[nn.Module, tuple[int, in
         names = timm.list_models()
         close = [known for known in names if name in known][:3] or difflib.get_close_matches(name, names)
         hint = f"close to it: {', '.join(close)}" if close else "timm.list_models() lists them"
-        raise value_error("bench", "model", f"the name of a timm model ({hint})", name)
+        raise value_error(op, "model", f"the name of a timm model ({hint})", name)
+
+
+def create_model(
+    op: str, name: str, image_size: int | None = None, pretrained: bool = False
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The timm model, with random weights unless pretrained, and the size of its input. Errors name ``op``."""
+    import timm
+
+    check_model_name(op, name)
     if image_size is not None and image_size < 1:
-        raise value_error("bench", "image_size", "at least 1", image_size)
+        raise value_error(op, "image_size", "at least 1", image_size)
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
-        model = timm.create_model(name, pretrained=False, **options)
+        model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        raise TypeError(f"bench: timm cannot make {name} with {options}: {error}") from error
+        raise TypeError(f"{op}: timm cannot make {name} with {options}: {error}") from error
     channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
     return model, (channels, image_size or height, image_size or width)

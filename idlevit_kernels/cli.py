@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
+import logging
 import os
 import shlex
 import sys
@@ -42,7 +44,7 @@ def _bad_input() -> Iterator[None]:
 
     try:
         yield
-    except (BackendError, OSError, TypeError, ValueError) as error:
+    except (BackendError, ImportError, OSError, TypeError, ValueError) as error:
         print(f"idlevit: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
@@ -260,3 +262,91 @@ def _bench_cells(row: ModelRow, compiled: bool, peers: bool) -> list[str]:
         *([over_compiled] if compiled else []),
         "" if dense else f"{row.mac_bound:.2f}x",
     ]
+
+
+MODEL = typer.Option(help="Name of a timm model, or of this package's LV-ViT.")
+KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no schedule is given.")
+SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
+WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
+PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+
+
+def _dense_and_idle(
+    op: str,
+    name: str,
+    keep_ratio: float | None,
+    schedule: Path | None,
+    image_size: int | None,
+    weights: Path | None,
+    pretrained: bool,
+) -> tuple[Any, Any, tuple[int, int, int]]:
+    """The dense model, the idle one around the same weights, and the size of their input."""
+    from .benchmark import create_model, sharing_weights
+    from .errors import value_error
+    from .models import apply_idle, load_released
+    from .schedule import read_schedule
+
+    if weights is not None and pretrained:
+        raise value_error(op, "weights", "left out where --pretrained is given", str(weights))
+    dense, input_size = create_model(op, name, image_size, pretrained)
+    dense.eval().requires_grad_(False)
+    if weights is not None:
+        load_released(dense, weights)
+    ratios = None if schedule is None else read_schedule(op, schedule)
+    return dense, apply_idle(sharing_weights(dense), keep_ratio, ratios), input_size
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Argument(metavar="FILE", help=".onnx, or .pt2 for the other formats.")],
+    format: Annotated[str, typer.Option(help="onnx, torch-export or aoti.")] = "onnx",
+    model: Annotated[str, MODEL] = "deit_small_patch16_224",
+    keep_ratio: Annotated[float | None, KEEP_RATIO] = None,
+    schedule: Annotated[Path | None, SCHEDULE] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
+    weights: Annotated[Path | None, WEIGHTS] = None,
+    pretrained: Annotated[bool, PRETRAINED] = False,
+    batch: Annotated[int, typer.Option(help="Images in a batch, for the timing; the file takes any number.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Time to measure for, beside the dense model; 0: not at all.")] = 20.0,
+) -> None:
+    """Writes an idle model for onnxruntime or PyTorch, checks its logits and times it beside the dense one there."""
+    import tempfile
+
+    import torch
+
+    from .complexity import count_macs
+    from .errors import value_error
+    from .export import SUFFIXES, export_model, largest_difference, load_exported
+    from .timing import alternate
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    console = Console(highlight=False)
+    with _bad_input():
+        if batch < 1:
+            raise value_error("export", "batch", "at least 1", batch)
+        if seconds < 0:
+            raise value_error("export", "seconds", "at least 0", seconds)
+        dense, idle, size = _dense_and_idle("export", model, keep_ratio, schedule, image_size, weights, pretrained)
+        export_model(idle, output, format, size)
+    exported = load_exported(output, format)
+    difference = largest_difference(idle, exported, size)
+    if not difference <= 1e-4:
+        print(f"idlevit: export: the logits of {output} differ from PyTorch's by {difference:.1e}", file=sys.stderr)
+        raise typer.Exit(1)
+    console.print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; logits as in PyTorch, to {difference:.1e}")
+    if not seconds:
+        return
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        beside = export_model(dense, Path(folder, "dense" + SUFFIXES[format]), format, size)
+        images = torch.randn(batch, *size)
+        calls = {"dense": load_exported(beside, format), "idle": exported}
+        timings = alternate({name: functools.partial(call, images) for name, call in calls.items()}, seconds)
+    bound = count_macs(dense, size).total / count_macs(idle, size).total
+    speedup = timings["dense"].median / timings["idle"].median
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in (f"batch {batch}", "images/s", "p20-p80", "speed-up", "MAC bound", "reached"):
+        table.add_column(title, justify="right")
+    for name, t in timings.items():
+        extra = [f"{speedup:.2f}x", f"{bound:.2f}x", f"{speedup / bound:.0%}"] if name == "idle" else []
+        table.add_row(name, f"{batch / t.median:.1f}", f"{batch / t.p80:.1f}-{batch / t.p20:.1f}", *extra)
+    console.print(Group(table, ""))

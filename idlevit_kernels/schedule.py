@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -48,6 +51,20 @@ def check_schedule(op: str, schedule: Sequence[float], depth: int) -> list[float
     if len(schedule) != depth:
         raise value_error(op, "schedule", f"one keep ratio for each of the {depth} layers", f"{len(schedule)} ratios")
     return [check_ratio(op, ratio) for ratio in schedule]
+
+
+def read_schedule(op: str, path: str | os.PathLike[str]) -> list[float]:
+    """The ratios in a JSON file: a list, or an object with one under "schedule", as ``idlevit tune`` writes it."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{op}: schedule must be a JSON file, got {path}: {error}") from error
+    schedule = content.get("schedule") if isinstance(content, dict) else content
+    if not isinstance(schedule, list):
+        raise value_error(
+            op, "schedule", 'a JSON list of keep ratios, or an object with one under "schedule"', str(path)
+        )
+    return check_schedule(op, schedule, len(schedule))
 
 
 def num_kept(keep_ratio: float, num_image_tokens: int) -> int:

@@ -21,17 +21,18 @@ from .errors import type_error, value_error
 from .functional import check_counts, check_integer, check_tensor, check_writable
 from .reference.layer_norm import accumulate_dtype
 from .schedule import check_ratio, num_kept
-from .scoring import check_scorer, layer_norm_parameters, score_tokens, select_tokens
+from .scoring import check_scorer, layer_norm_parameters, query_projection, score_tokens, select_tokens
 
 _PARTS = ("norm1", "attn", "norm2", "mlp")
 _ATTENTION_PARTS = ("qkv", "q_norm", "k_norm", "num_heads")
+# Parameters outside any sub-module whose use is known: LayerScale and biases of queries and values in EVA's blocks.
+_OWN_PARAMETERS = {"gamma_1", "gamma_2", "q_bias", "v_bias"}
 _REFUSED = {
     "ResPostBlock": "it normalises after the branch (post-norm), so a kept token's branch input is not normalised",
     "ParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
     "DiffParallelScalingBlock": "it computes attention and MLP in parallel from one norm",
     "ParallelThingsBlock": "it holds several attentions and MLPs in parallel",
-    "AttentionRope": "it takes a rotary embedding, which idle_block cannot pass on",
-    "EvaAttention": "it takes a rotary embedding, which idle_block cannot pass on",
+    "EvaBlockPostNorm": "it normalises after the branch (post-norm), so a kept token's branch input is not normalised",
 }
 _HOOKS = (
     "_forward_hooks",
@@ -54,6 +55,7 @@ def idle_block(
     return_indices: bool = False,
     backend: str = "auto",
     cut: str | None = None,
+    rope: Tensor | None = None,
 ) -> Any:
     """One pre-norm transformer block on the ``num_keep`` most relevant image tokens; the others idle.
 
@@ -63,7 +65,8 @@ def idle_block(
     Args:
         x: tokens [B, T, C], prefix tokens first.
         block: a timm-style pre-norm block with ``norm1``, ``attn`` (with ``qkv``, ``q_norm``, ``k_norm`` and
-            ``num_heads``), ``norm2`` and ``mlp``; ``ls1``, ``ls2``, ``drop_path1`` and ``drop_path2`` if it has them.
+            ``num_heads``), ``norm2`` and ``mlp``; ``ls1``, ``ls2``, ``drop_path1`` and ``drop_path2`` if it has them;
+            or timm's EvaBlock.
         num_keep: K, 1 <= K <= N = T - num_prefix_tokens.
         num_prefix_tokens: P; prefix tokens never idle.
         scorer: "cls" (logits of the first token), "mean" (column mean of all logits), "auto" (cls if P > 0).
@@ -71,6 +74,9 @@ def idle_block(
         return_indices: also return the indices of the computed tokens, [B, P + K] int64, ascending.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         cut: for training, also return the token cut loss of this kind, as in ``token_cut_loss``; "none": 0 at no cost.
+        rope: for a block with rotary attention, the embedding of all N image tokens as timm makes it, sines before
+            cosines: [N, D], [H, N, D] or, for each image, [B, 1 or H, N, D]. Those of the kept tokens are gathered, and
+            the real, rotated queries and keys score.
 
     Returns:
         [B, T, C], or that and the indices; with ``cut``: [B, T, C], the token cut loss (a scalar), the indices. Rows of
@@ -89,16 +95,18 @@ def idle_block(
         raise value_error("idle_block", "x", f"[B, T, C] with the block's C = {weight.shape[-1]} channels", x)
     if weight is not None and weight.device != x.device:
         raise value_error("idle_block", "x", f"on {weight.device}, where the block is", x)
-    qkv: Any = block.attn.qkv  # type: ignore[union-attr]
-    if plain_linear(qkv) and qkv.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise type_error("idle_block", "x", f"of the block's dtype, {qkv.weight.dtype}, or under autocast", x)
+    query: Any = query_projection(block.attn)
+    if plain_linear(query) and query.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise type_error("idle_block", "x", f"of the block's dtype, {query.weight.dtype}, or under autocast", x)
+    if rope is not None:
+        _check_rope("idle_block", rope, block.attn, x, num_prefix_tokens)
     if inplace:
         check_writable("idle_block", x)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         raise value_error("idle_block", "inplace", "False while gradients are recorded (or use torch.no_grad)", inplace)
     if cut is not None:
         check_cut("idle_block", block.attn, cut)
-    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend), cut)
+    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend), cut, rope)
     if cut is not None:
         return out, token_cut, indices
     return (out, indices) if return_indices else out
@@ -111,8 +119,9 @@ def unfit(block: Any) -> str | None:
         name = type(part).__name__
         if name in _REFUSED:
             return f"{name}: {_REFUSED[name]}"
-        if getattr(part, "_parameters", None):
-            return f"{name} has parameters of its own ({', '.join(part._parameters)}), whose use is not known"
+        unknown = set(getattr(part, "_parameters", ())) - _OWN_PARAMETERS
+        if unknown:
+            return f"{name} has parameters of its own ({', '.join(sorted(unknown))}), whose use is not known"
     missing = [name for name in _PARTS if not hasattr(block, name)]
     missing += [f"attn.{name}" for name in _ATTENTION_PARTS if not missing and not hasattr(block.attn, name)]
     return f"{type(block).__name__} has no {', '.join(missing)}" if missing else None
@@ -126,12 +135,35 @@ def _check_block(op: str, block: Any) -> None:
         raise TypeError(f"{op}: block must be a pre-norm block as timm's Block is, got {reason}")
 
 
-def _dense(x: Tensor, block: Any, backend: str) -> Tensor:
+def _check_rope(op: str, rope: Tensor, attn: Any, x: Tensor, num_prefix_tokens: int) -> None:
+    unrotated = getattr(attn, "num_prefix_tokens", None)
+    if unrotated is None:
+        raise value_error(op, "rope", f"None: the block's {type(attn).__name__} takes no rotary embedding", rope)
+    if unrotated != num_prefix_tokens:
+        raise value_error(
+            op, "num_prefix_tokens", f"{unrotated}, as many as its attention does not rotate", num_prefix_tokens
+        )
+    check_tensor(op, "rope", rope, "[..., N, D]", (None,) * min(max(rope.dim(), 2), 4))
+    if rope.shape[-2] != x.shape[1] - num_prefix_tokens:
+        raise value_error(op, "rope", f"[..., N, D] with the N = {x.shape[1] - num_prefix_tokens} image tokens", rope)
+
+
+def _gather_rope(rope: Tensor, indices: Tensor, num_prefix_tokens: int) -> Tensor:
+    """The embedding of the image tokens at the indices [B, P + K]: [B, 1 or H, K, D]."""
+    kept = indices[:, num_prefix_tokens:] - num_prefix_tokens
+    if rope.dim() == 2:
+        return rope[kept].unsqueeze(1)
+    if rope.dim() == 3:
+        return rope[:, kept].transpose(0, 1)
+    return rope.gather(2, kept[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+
+
+def _dense(x: Tensor, block: Any, backend: str, rope: Tensor | None) -> Tensor:
     """The block on all tokens: nothing to score, gather or scatter."""
-    branch, gamma = _scale_and_drop(dense.attention(block.attn, block.norm1(x), backend), block, 1)
-    x = x + (branch if gamma is None else gamma * branch)
-    branch, gamma = _scale_and_drop(dense.mlp(block.mlp, block.norm2(x), backend), block, 2)
-    return x + (branch if gamma is None else gamma * branch)
+    branch, gamma, scale = _scale_and_drop(dense.attention(block.attn, block.norm1(x), backend, rope), block, 1)
+    x = torch.add(x, branch if gamma is None else gamma * branch, alpha=scale)
+    branch, gamma, scale = _scale_and_drop(dense.mlp(block.mlp, block.norm2(x), backend), block, 2)
+    return torch.add(x, branch if gamma is None else gamma * branch, alpha=scale)
 
 
 def _idle(
@@ -143,51 +175,63 @@ def _idle(
     inplace: bool,
     backend: str,
     cut: str | None,
+    rope: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     # Nothing crosses the cut where no token idles.
     token_cut = None if cut is None else x.new_zeros((), dtype=accumulate_dtype(x.dtype))
     if num_keep == x.shape[1] - num_prefix_tokens:
-        out = _dense(x, block, backend)
+        out = _dense(x, block, backend, rope)
         everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return (x.copy_(out) if inplace else out), token_cut, everything
 
     if cut not in (None, "none"):
-        scores = score_tokens(x, block, layer_norm_parameters(block.norm1), scorer, backend)  # [B, T]
+        scores = score_tokens(x, block, layer_norm_parameters(block.norm1), scorer, backend, rope)  # [B, T]
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
         branch, token_cut = cut_attention(block.attn, block.norm1(x), indices, num_prefix_tokens, cut, backend)
     else:
-        indices, y = select_tokens(x, block, num_keep, num_prefix_tokens, scorer, backend)  # [B, n], [B, n, C]
-        branch = dense.attention(block.attn, y, backend)  # [B, n, C]
+        # [B, n], [B, n, C]
+        indices, y = select_tokens(x, block, num_keep, num_prefix_tokens, scorer, backend, rope)
+        if rope is not None:
+            rope = _gather_rope(rope, indices, num_prefix_tokens)
+        branch = dense.attention(block.attn, y, backend, rope)  # [B, n, C]
 
-    branch, gamma = _scale_and_drop(branch, block, 1)
+    branch, gamma, scale = _scale_and_drop(branch, block, 1)
     norm2 = layer_norm_parameters(block.norm2)
     if norm2 is not None:
-        tokens, y = ops.gather_add_norm(x, indices, branch, gamma, 1.0, *norm2, backend=backend)
+        tokens, y = ops.gather_add_norm(x, indices, branch, gamma, scale, *norm2, backend=backend)
     else:
-        tokens = ops.gather_tokens(x, indices, backend=backend) + (branch if gamma is None else gamma * branch)
+        branch = branch if gamma is None else gamma * branch
+        tokens = torch.add(ops.gather_tokens(x, indices, backend=backend), branch, alpha=scale)
         y = block.norm2(tokens)
     branch = dense.mlp(block.mlp, y, backend)  # [B, n, C]
 
-    branch, gamma = _scale_and_drop(branch, block, 2)
+    branch, gamma, scale = _scale_and_drop(branch, block, 2)
     if inplace:
-        ops.scatter_add_tokens_(x, indices, tokens, branch, gamma, 1.0, backend=backend)
+        ops.scatter_add_tokens_(x, indices, tokens, branch, gamma, scale, backend=backend)
         return x, token_cut, indices
-    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, 1.0, backend=backend), token_cut, indices
+    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, scale, backend=backend), token_cut, indices
 
 
-def _scale_and_drop(branch: Tensor, block: Any, i: int) -> tuple[Tensor, Tensor | None]:
-    """The branch after stochastic depth, and LayerScale's factor if the fused kernel can apply that.
+def _scale_and_drop(branch: Tensor, block: Any, i: int) -> tuple[Tensor, Tensor | None, float]:
+    """The branch after stochastic depth, and what is left for the fused kernel to multiply it with.
 
-    DropPath multiplies whole images and LayerScale whole channels, so their order does not matter.
+    That is LayerScale's [C] or None, and a number. DropPath multiplies whole images and LayerScale whole channels, so
+    their order does not matter.
     """
     scale, drop = getattr(block, f"ls{i}", None), getattr(block, f"drop_path{i}", None)
     commutes = drop is None or type(drop) is nn.Identity or plain(drop, "timm.layers.drop", "DropPath")
-    gamma = None
-    if commutes and scale is not None and plain(scale, "timm.layers.layer_scale", "LayerScale"):
+    gamma, factor = None, 1.0
+    if scale is None:
+        gamma = getattr(block, f"gamma_{i}", None)  # of timm's EvaBlock
+    elif commutes and plain(scale, "timm.layers.layer_scale", "LayerScale"):
         gamma = scale.gamma
-    elif scale is not None:
+    elif commutes and plain(scale, "idlevit_kernels.models.lvvit", "Scale"):
+        factor = scale.factor
+    else:
         branch = scale(branch)
-    return branch if drop is None else drop(branch), gamma
+    if gamma is not None and not commutes:
+        branch, gamma = gamma * branch, None
+    return branch if drop is None else drop(branch), gamma, factor
 
 
 def take_over(new: nn.Module, old: nn.Module) -> None:
@@ -220,6 +264,8 @@ class IdleBlock(nn.Module):
         self.scorer = check_scorer("IdleBlock", scorer, num_prefix_tokens)
         for name, child in block._modules.items():  # named_children would leave out a part that has two names
             self.add_module(name, child)
+        for name, parameter in block._parameters.items():
+            self.register_parameter(name, parameter)
         take_over(self, block)
         self._block = (block,)  # in a tuple, so that it is no sub-module
 
@@ -230,13 +276,14 @@ class IdleBlock(nn.Module):
         is_causal: bool = False,
         inplace: bool = False,
         cut: str | None = None,
+        rope: Tensor | None = None,
     ) -> Any:
         if attn_mask is not None:
             raise value_error("IdleBlock", "attn_mask", "None: idle tokens need full attention", attn_mask)
         if is_causal:
             raise value_error("IdleBlock", "is_causal", "False: idle tokens need full attention", is_causal)
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
-        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace, cut=cut)
+        return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace, cut=cut, rope=rope)
 
     def observed(self) -> bool:
         """Whether anything but this block may hold its input or output: a hook, a replaced method, an unknown norm."""
@@ -249,8 +296,8 @@ class IdleBlock(nn.Module):
     def dense_block(self) -> nn.Module:
         """The block this was made from, with the present sub-modules."""
         (block,) = self._block
-        for name, child in self._modules.items():
-            setattr(block, name, child)
+        for name, part in (*self._modules.items(), *self._parameters.items()):
+            setattr(block, name, part)
         block.training = self.training
         return block
 

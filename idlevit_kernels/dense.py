@@ -78,8 +78,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = N
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *post)
 
 
-def attention(attn: Any, x: Tensor, backend: str) -> Tensor:
-    """``attn(x)``: x [B, n, C] -> [B, n, C]."""
+def attention(attn: Any, x: Tensor, backend: str, rope: Tensor | None = None) -> Tensor:
+    """``attn(x)`` or ``attn(x, rope=rope)``: x [B, n, C] -> [B, n, C]."""
+    if rope is not None:
+        return attn(x, rope=rope)
     if not (_use_onednn(x, backend) and plain(attn, "timm.layers.attention", "Attention")):
         return attn(x)
     qkv, proj = attn.qkv, attn.proj

@@ -6,7 +6,7 @@ of the tokens, so one vector an image scores all tokens, and keys are needed for
 class token use the column mean of the same logits, s_j = mean_i (1/H) q_i . k_j: the direction of the mean query.
 
 That holds where a key is a linear function of the normalised token. Where it is not (a norm on queries and keys, a
-projection that is no plain Linear), the real queries and keys are computed.
+rotary embedding, a projection that is no plain Linear), the real queries and keys are computed.
 """
 
 from __future__ import annotations
@@ -55,53 +55,94 @@ def layer_norm_parameters(norm: Any) -> LayerNorm | None:
     return norm.weight, norm.bias, norm.eps
 
 
-def _has_linear_keys(attn: Any) -> bool:
-    return plain_linear(attn.qkv) and type(attn.k_norm) is nn.Identity and type(attn.q_norm) is nn.Identity
+def query_projection(attn: Any) -> Any:
+    """The module that computes queries, or queries, keys and values in one."""
+    qkv = getattr(attn, "qkv", None)
+    return attn.q_proj if qkv is None else qkv
 
 
-def _query_key_parameters(qkv: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _has_linear_keys(attn: Any, qkv: Any) -> bool:
+    linear = plain_linear(attn.q_proj) and plain_linear(attn.k_proj) if qkv is None else plain_linear(qkv)
+    return linear and type(attn.k_norm) is nn.Identity and type(attn.q_norm) is nn.Identity
+
+
+def _has_all_biases(attn: Any, qkv: Any) -> bool:
+    """Whether there is one projection of queries and keys, which knows their biases; timm's EvaAttention adds them."""
+    return qkv is not None and (qkv.bias is not None or getattr(attn, "q_bias", None) is None)
+
+
+Projection = tuple[Tensor, Tensor | None]  # weight [A, C], bias [A] or None
+
+
+def _query_key_parameters(attn: Any) -> tuple[Projection, Projection]:
+    qkv = getattr(attn, "qkv", None)
+    if qkv is None:
+        return (attn.q_proj.weight, attn.q_proj.bias), (attn.k_proj.weight, attn.k_proj.bias)
     width = qkv.weight.shape[0] // 3
-    query_bias, key_bias = (None, None) if qkv.bias is None else qkv.bias[: 2 * width].split(width)
     query_weight, key_weight = qkv.weight[: 2 * width].split(width)
-    return query_weight, query_bias, key_weight, key_bias
+    if qkv.bias is None:
+        return (query_weight, getattr(attn, "q_bias", None)), (key_weight, None)
+    query_bias, key_bias = qkv.bias[: 2 * width].split(width)
+    return (query_weight, query_bias), (key_weight, key_bias)
 
 
 def _direction(attn: Any, query_token: Tensor) -> Tensor:
     """u = W_k^T (W_q query_token + b_q); query_token is normalised, [B, C]. Returns [B, C]."""
-    query_weight, query_bias, key_weight, _ = _query_key_parameters(attn.qkv)
-    return F.linear(query_token, query_weight, query_bias) @ key_weight
+    query_projection, (key_weight, _) = _query_key_parameters(attn)
+    query = F.linear(query_token, *query_projection)
+    if query.shape[1] != key_weight.shape[0]:  # several heads of queries share one of keys
+        query = query.unflatten(1, (attn.num_kv_heads, -1, attn.head_dim)).sum(2).flatten(1)
+    return query @ key_weight
 
 
-def _key_scores(normed: Tensor, attn: Any, scorer: str) -> Tensor:
+def _key_scores(normed: Tensor, attn: Any, scorer: str, rope: Tensor | None) -> Tensor:
     """The logits of the real queries and keys; normed is [B, T, C]."""
-    heads: int = attn.num_heads
-
-    def split(t: Tensor) -> Tensor:  # [B, T, C] -> [B, H, T, head_dim]
-        return t.unflatten(2, (heads, t.shape[2] // heads)).transpose(1, 2)
-
     queries = normed[:, :1] if scorer == "cls" else normed
-    if plain_linear(attn.qkv):
-        query_weight, query_bias, key_weight, key_bias = _query_key_parameters(attn.qkv)
-        query, key = F.linear(queries, query_weight, query_bias), F.linear(normed, key_weight, key_bias)
+    if getattr(attn, "qkv", None) is None:
+        query, key = attn.q_proj(queries), attn.k_proj(normed)
+    elif plain_linear(attn.qkv):
+        query_projection, key_projection = _query_key_parameters(attn)
+        query, key = F.linear(queries, *query_projection), F.linear(normed, *key_projection)
     else:
         query, key, _ = attn.qkv(normed).chunk(3, dim=-1)
         query = query[:, : queries.shape[1]]
-    query, key = attn.q_norm(split(query)), attn.k_norm(split(key))
+    head_dim = query.shape[2] // attn.num_heads
+    query, key = (t.unflatten(2, (-1, head_dim)).transpose(1, 2) for t in (query, key))  # [B, H, T, head_dim]
+    query, key = attn.q_norm(query), attn.k_norm(key)
+    if rope is not None:
+        query, key = _rotate(query, rope, attn), _rotate(key, rope, attn)
     acc = accumulate_dtype(normed.dtype)
-    return (query.to(acc).mean(2, keepdim=True) * key.to(acc)).sum((1, 3))
+    query = query.to(acc).mean(2, keepdim=True)
+    if query.shape[1] != key.shape[1]:  # several heads of queries share one of keys
+        query = query.unflatten(1, (key.shape[1], -1)).sum(2)
+    return (query * key.to(acc)).sum((1, 3))
 
 
-def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, backend: str) -> Tensor:
+def _rotate(t: Tensor, rope: Tensor, attn: Any) -> Tensor:
+    """Queries or keys [B, H, T, head_dim] after the rotary embedding; a class token alone is not rotated."""
+    from timm.layers import apply_rot_embed_cat
+
+    P: int = attn.num_prefix_tokens
+    image_tokens = t[:, :, P:]
+    if not image_tokens.shape[2]:
+        return t
+    return torch.cat([t[:, :, :P], apply_rot_embed_cat(image_tokens, rope, half=attn.rotate_half)], dim=2).to(t.dtype)
+
+
+def score_tokens(
+    x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, backend: str, rope: Tensor | None
+) -> Tensor:
     """Scores of all tokens for one block, with ``layer_norm_parameters`` of its first norm: x [B, T, C] -> [B, T].
 
     No gradient: selection has none.
     """
     attn = block.attn
     with torch.no_grad():
-        if not _has_linear_keys(attn):
-            return _key_scores(block.norm1(x), attn, scorer)
-        if norm is not None and scorer == "cls":
-            u = ops.cls_direction(x, *norm, attn.qkv.weight, attn.qkv.bias, backend=backend)
+        qkv: Any = getattr(attn, "qkv", None)
+        if rope is not None or not _has_linear_keys(attn, qkv):
+            return _key_scores(block.norm1(x), attn, scorer, rope)
+        if norm is not None and scorer == "cls" and _has_all_biases(attn, qkv):
+            u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)
             return ops.token_scores(x, u, *norm, backend=backend)
         normed = block.norm1(x)
         u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
@@ -112,14 +153,15 @@ def score_tokens(x: Tensor, block: Any, norm: LayerNorm | None, scorer: str, bac
 
 
 def select_tokens(
-    x: Tensor, block: Any, num_keep: int, num_prefix_tokens: int, scorer: str, backend: str
+    x: Tensor, block: Any, num_keep: int, num_prefix_tokens: int, scorer: str, backend: str, rope: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The tokens that one block computes: their indices [B, n], and norm1 of them, [B, n, C]."""
     norm, attn = layer_norm_parameters(block.norm1), block.attn
-    if norm is not None and scorer == "cls" and _has_linear_keys(attn):
-        qkv = attn.qkv
+    qkv: Any = getattr(attn, "qkv", None)
+    linear = rope is None and _has_linear_keys(attn, qkv) and _has_all_biases(attn, qkv)
+    if norm is not None and scorer == "cls" and linear:
         return ops.cls_select_gather_norm(x, num_keep, num_prefix_tokens, *norm, qkv.weight, qkv.bias, backend=backend)
-    scores = score_tokens(x, block, norm, scorer, backend)  # [B, T]
+    scores = score_tokens(x, block, norm, scorer, backend, rope)  # [B, T]
     if norm is not None:
         return ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
     indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)

@@ -20,11 +20,11 @@ from ..complexity import register_flop_formulas
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
-from . import vit
+from . import eva, vit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = (vit,)
+FAMILIES = (vit, eva)
 
 
 def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:

@@ -143,7 +143,8 @@ def _check_rope(op: str, rope: Tensor, attn: Any, x: Tensor, num_prefix_tokens: 
         raise value_error(
             op, "num_prefix_tokens", f"{unrotated}, as many as its attention does not rotate", num_prefix_tokens
         )
-    check_tensor(op, "rope", rope, "[..., N, D]", (None,) * min(max(rope.dim(), 2), 4))
+    dims = min(max(rope.dim(), 2), 4) if isinstance(rope, Tensor) else 2
+    check_tensor(op, "rope", rope, "[..., N, D]", (None,) * dims)
     if rope.shape[-2] != x.shape[1] - num_prefix_tokens:
         raise value_error(op, "rope", f"[..., N, D] with the N = {x.shape[1] - num_prefix_tokens} image tokens", rope)
 

@@ -637,8 +637,8 @@ REFUSED = {
     "parallel things": (lambda: tiny(block_fn=ParallelThingsBlock), "ParallelThingsBlock.*in parallel"),
     "post-norm": (lambda: tiny(block_fn=ResPostBlock), "ResPostBlock.*post-norm"),
     "relative": (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=2), "must be one of.*RelPos"),
-    "EVA": (lambda: timm.create_model("eva02_tiny_patch14_224", depth=2), "must be one of.*Eva"),
-    "ResNet": (lambda: timm.create_model("resnet18"), "must be one of: timm VisionTransformer; got timm.*ResNet"),
+    "BEiT": (lambda: timm.create_model("beit_base_patch16_224", depth=2), "must be one of.*Beit"),
+    "ResNet": (lambda: timm.create_model("resnet18"), "must be one of: timm VisionTransformer.*; got timm.*ResNet"),
     "Linear": (lambda: nn.Linear(3, 3), "must be one of.*got torch.nn.modules.linear.Linear"),
     "compiled": (lambda: torch.compile(tiny()), "OptimizedModule.*before torch.compile"),
 }  # fmt: skip

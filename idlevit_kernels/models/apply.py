@@ -20,11 +20,11 @@ from ..complexity import register_flop_formulas
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
-from . import eva, vit
+from . import eva, swin, vit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = (vit, eva)
+FAMILIES = (vit, eva, swin)
 
 
 def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:

@@ -1,0 +1,350 @@
+"""timm's Swin Transformer (arXiv 2103.14030) and Swin Transformer V2 (arXiv 2111.09883).
+
+Every window is an image of its own: of its M^2 tokens K = int(keep_ratio * M^2), at least 1, go through attention and
+MLP, the others pass to the output at their old place. The grid stays whole, so patch merging and feature pyramids see
+what they always see. Relative position bias and the mask of shifted windows are gathered for the kept tokens.
+
+The score is the column mean of the logits as the softmax sees them, biased, averaged over heads: s_j = mean_i (1/H)
+sum_h (scale q_i^h . k_j^h + bias_ij^h), where i runs over the image tokens that may attend to j. In a shifted window
+those are the tokens of the same region, so each region has its mean query. In V1 keys are linear in the normalised
+token, so a mean query gives a direction that scores all tokens (see ``scoring``); in V2 queries and keys are normalised
+for each head, and the real ones score.
+
+Padding, where the window does not divide the grid, is computed as timm does: tokens that are zero after the norm and
+that others attend to. In an idle layer it ranks below every image token and does not count in the mean, so it is kept
+only where a window has fewer than K image tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import dense, ops
+from ..backends import resolve
+from ..block import IdleBlock, take_over
+from ..dense import plain_linear
+from ..errors import value_error
+from ..reference.layer_norm import accumulate_dtype
+from ..schedule import check_ratio, num_kept
+from ..scoring import layer_norm_parameters
+
+NAME = "timm SwinTransformer, SwinTransformerV2"
+
+Size = tuple[int, int]
+_OUTSIDE = -100.0  # what timm adds to the logits of tokens of different regions
+
+
+class Windows:
+    """How a grid of tokens falls into windows.
+
+    Args:
+        grid: height and width H, W of the tokens.
+        window: height and width of a window, M^2 tokens in all.
+        shift: of the grid before it is cut, upwards and to the left.
+        device: of the tokens.
+
+    Attributes:
+        regions: which region of its window each token belongs to, 0 to 3, [windows, M^2]; None without a shift. The
+            shift brings tokens of opposite edges of the image into one window; they do not attend to each other.
+        count: windows of an image.
+        image: whether each token is one of the image, [windows, M^2]; None without padding.
+    """
+
+    def __init__(self, grid: Size, window: Size, shift: Size, device: torch.device):
+        self.grid, self.window, self.shift = grid, window, shift
+        self.padding = -grid[0] % window[0], -grid[1] % window[1]
+        self.padded, self.shifted = any(self.padding), any(shift)
+        self.height, self.width = grid[0] + self.padding[0], grid[1] + self.padding[1]
+        self.count = (self.height // window[0]) * (self.width // window[1])
+        row, column = torch.arange(self.height, device=device)[:, None], torch.arange(self.width, device=device)
+        self.regions, self.image = None, None
+        if self.shifted:
+            bottom, right = row >= self.height - shift[0], column >= self.width - shift[1]
+            self.regions = self._cut((2 * bottom + right)[None, ..., None]).flatten(1)
+        if self.padded:
+            self.image = self._cut(((row < grid[0]) & (column < grid[1]))[None, ..., None]).flatten(1)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        (h, w), (B, H, W, C) = self.window, x.shape
+        return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h * w, C)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B * windows, M^2, C], zeros where it pads."""
+        if self.shifted:
+            x = x.roll((-self.shift[0], -self.shift[1]), (1, 2))
+        if self.padded:
+            x = F.pad(x, (0, 0, 0, self.padding[1], 0, self.padding[0]))
+        return self._cut(x)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """The inverse of ``split``; drops the padding."""
+        (h, w), C = self.window, tokens.shape[2]
+        x = tokens.reshape(-1, self.height // h, self.width // w, h, w, C).transpose(2, 3)
+        x = x.reshape(-1, self.height, self.width, C)
+        if self.padded:
+            x = x[:, : self.grid[0], : self.grid[1]].contiguous()
+        return x.roll(self.shift, (1, 2)) if self.shifted else x
+
+    def region_means(self, tokens: Tensor) -> Tensor:
+        """The mean image token of each region: [B * windows, M^2, ...] -> [B * windows, regions, ...].
+
+        ``[windows, M^2, C]`` may stand for what is the same in every image. Regions without tokens give zero.
+        """
+        if self.regions is None and self.image is None:
+            return tokens.mean(1, keepdim=True)
+        if self.regions is None:
+            members = self.image[:, None]
+        else:
+            members = self.regions[:, None] == torch.arange(4, device=tokens.device)[:, None]
+            if self.image is not None:
+                members = members & self.image[:, None]
+        count = members.sum(2, keepdim=True).clamp(min=1)  # [windows, regions, 1]
+        grouped = tokens.unflatten(0, (-1, members.shape[0]))
+        return (members.to(tokens.dtype) @ grouped / count).flatten(0, 1)
+
+    def own_region(self, values: Tensor) -> Tensor:
+        """What its own region says of each token: [B * windows, regions, M^2] -> [B * windows, M^2]."""
+        if self.regions is None:
+            return values.squeeze(1)
+        return values.gather(1, self.of_batch(self.regions, values)[:, None]).squeeze(1)
+
+    def of_batch(self, t: Tensor, like: Tensor) -> Tensor:
+        """[windows, M^2] -> [B * windows, M^2], with the B of ``like`` [B * windows, ...]."""
+        return t.repeat(like.shape[0] // t.shape[0], 1)
+
+
+class IdleWindowBlock(IdleBlock):
+    """A Swin block that computes K tokens of each window and lets the others idle.
+
+    Args:
+        block: timm's SwinTransformerBlock or SwinTransformerV2Block. It shares its modules and buffers with this one,
+            under the same names, and is the one that knows window, shift and input size.
+        keep_ratio: in (0, 1]; K = int(keep_ratio * M^2), at least 1 and at most the M^2 tokens of a window, whose size
+            timm cuts down to that of a smaller grid.
+        num_prefix_tokens, scorer: 0 and "mean"; a window has no class token.
+    """
+
+    def __init__(self, block: nn.Module, keep_ratio: float, num_prefix_tokens: int = 0, scorer: str = "mean"):
+        nn.Module.__init__(self)  # the checks of IdleBlock are for blocks of tokens in a sequence
+        if num_prefix_tokens or scorer != "mean":
+            got = f"num_prefix_tokens={num_prefix_tokens}, scorer={scorer!r}"
+            raise value_error("IdleWindowBlock", "scorer", "'mean', with no prefix tokens", got)
+        self.keep_ratio = check_ratio("IdleWindowBlock", keep_ratio)
+        self.num_prefix_tokens, self.scorer = 0, "mean"
+        for name in ("_modules", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[name] = block.__dict__[name]
+        take_over(self, block)
+        self._block = (block,)  # in a tuple, so that it is no sub-module
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x [B, H, W, C] -> [B, H, W, C]."""
+        block: Any = self._block[0]
+        num_keep = num_kept(self.keep_ratio, block.window_area)
+        if num_keep == block.window_area:
+            return block.forward(x)
+        _, H, W, _ = x.shape
+        windows = Windows((H, W), block.window_size, block.shift_size, x.device)
+        compute = _pre_norm if _is_first_version(self.attn) else _post_norm
+        return windows.join(compute(x, self, windows, num_keep, resolve("auto")))
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        block: Any = self._block[0]
+        block.set_input_size(*args, **kwargs)
+
+    def init_non_persistent_buffers(self) -> None:
+        block: Any = self._block[0]
+        block.init_non_persistent_buffers()
+
+
+def _is_first_version(attn: Any) -> bool:
+    return hasattr(attn, "relative_position_bias_table")
+
+
+def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: str) -> Tensor:
+    """V1: x + attn(norm1(x)), then x + mlp(norm2(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
+    attn = block.attn
+    tokens = windows.split(x)
+    norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)
+    table = attn.relative_position_bias_table  # [offsets, H]
+
+    # Padding is zero after the norm, which is not the norm of zero: then all tokens are normalised before the cut.
+    fused = norm1 is not None and not windows.padded
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not fused):
+        normed = block.norm1(tokens) if fused else windows.split(block.norm1(x))
+    with torch.no_grad():
+        scores = _scores(attn, table, windows, _mean_logits(attn, windows, normed))
+    if norm1 is not None and fused:
+        indices, y = ops.select_gather_norm(tokens, scores, num_keep, 0, *norm1, backend=backend)
+    else:
+        indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
+        y = ops.gather_tokens(normed, indices, backend=backend)
+
+    query, key, value = dense.linear(attn.qkv, y, backend).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+    mask = _mask(attn, table, windows, indices, query.dtype)
+    branch = _attend(attn, query, key, value, mask, attn.scale, backend)  # [B * windows, K, C]
+    branch = _drop(block.drop_path1, branch, x)
+
+    if norm2 is not None:
+        kept, y = ops.gather_add_norm(tokens, indices, branch, None, 1.0, *norm2, backend=backend)
+    else:
+        kept = ops.gather_tokens(tokens, indices, backend=backend) + branch
+        y = block.norm2(kept)
+    branch = _drop(block.drop_path2, dense.mlp(block.mlp, y, backend), x)
+    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+
+
+def _mean_logits(attn: Any, windows: Windows, normed: Tensor) -> Tensor:
+    """Logits of each region's mean query, summed over heads: [B * windows, M^2, C] -> [B * windows, regions, M^2]."""
+    if plain_linear(attn.qkv):
+        query_weight, key_weight, _ = attn.qkv.weight.chunk(3)
+        query_bias, key_bias, _ = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        query = F.linear(windows.region_means(normed), query_weight, query_bias) * attn.scale
+        logits = query @ key_weight @ normed.transpose(1, 2)
+        # The same for all tokens of a region, but regions of a window compete.
+        return logits if key_bias is None else logits + (query @ key_bias)[..., None]
+    query, key, _ = attn.qkv(normed).chunk(3, dim=2)
+    return windows.region_means(query * attn.scale) @ key.transpose(1, 2)
+
+
+def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: str) -> Tensor:
+    """V2: x + norm1(attn(x)), then x + norm2(mlp(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
+    attn = block.attn
+    tokens = windows.split(x)
+    table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, H]
+
+    qkv, width = attn.qkv, 2 * attn.dim
+    bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if plain_linear(qkv):  # values are needed for kept tokens only
+        projected = dense.linear_by(qkv.weight[:width], None if bias is None else bias[:width], tokens, backend)
+    else:
+        projected = qkv(tokens) if bias is None else qkv(tokens) + bias
+    query, key = projected[..., :width].unflatten(2, (2, attn.num_heads, -1)).unbind(2)  # [B * windows, M^2, H, d]
+    temperature = attn.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)  # [H, 1]
+    query, key = (F.normalize(query, dim=-1) * temperature).flatten(2), F.normalize(key, dim=-1).flatten(2)
+    with torch.no_grad():
+        scores = _scores(attn, table, windows, windows.region_means(query) @ key.transpose(1, 2))
+    indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
+    kept = ops.gather_tokens(tokens, indices, backend=backend)
+    query, key = (ops.gather_tokens(t, indices, backend=backend) for t in (query, key))
+    if plain_linear(qkv):
+        value = dense.linear_by(qkv.weight[width:], None if bias is None else bias[width:], kept, backend)
+    else:
+        value = ops.gather_tokens(projected[..., width:], indices, backend=backend)
+
+    query, key, value = (t.unflatten(2, (attn.num_heads, -1)) for t in (query, key, value))
+    mask = _mask(attn, table, windows, indices, query.dtype)
+    branch = block.norm1(_attend(attn, query, key, value, mask, 1.0, backend))  # [B * windows, K, C]
+    kept = kept + _drop(block.drop_path1, branch, x)
+    branch = _drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x)
+    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+
+
+def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tensor:
+    """Column mean of the biased logits, averaged over heads: [B * windows, regions, M^2] -> [B * windows, M^2].
+
+    ``logits`` are those of the mean queries, summed over heads; the bias is averaged in the same way.
+    """
+    acc = accumulate_dtype(logits.dtype)
+    bias = table.to(acc).mean(1)[attn.relative_position_index]  # [M^2, M^2], row i biases the query i
+    if windows.regions is not None or windows.image is not None:
+        bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
+        bias = bias.repeat(logits.shape[0] // windows.count, 1, 1)
+    else:
+        bias = bias.mean(0)
+    scores = windows.own_region(logits.to(acc) / attn.num_heads + bias)
+    if windows.image is not None:
+        scores = scores.masked_fill(~windows.of_batch(windows.image, scores), -math.inf)
+    return scores
+
+
+def _mask(attn: Any, table: Tensor, windows: Windows, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Relative position bias and mask of the kept tokens: indices [B * windows, K] -> [B * windows, H, K, K]."""
+    index = attn.relative_position_index  # index[i, j] is a difference of what i and j contribute
+    kept = index[:, 0][indices]
+    offsets = kept[:, :, None] - kept[:, None, :] + index[0, 0]
+    mask = F.embedding(offsets, table.to(dtype)).permute(0, 3, 1, 2)
+    if windows.regions is not None:
+        region = windows.of_batch(windows.regions, indices).gather(1, indices)
+        mask = mask + (region[:, :, None] != region[:, None, :]).unsqueeze(1) * _OUTSIDE
+    return mask
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, backend: str) -> Tensor:
+    """query, key, value [B * windows, K, H, head_dim] -> [B * windows, K, C]."""
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+    return attn.proj_drop(dense.linear(attn.proj, out.transpose(1, 2).flatten(2), backend))
+
+
+def _drop(drop_path: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
+    """Stochastic depth leaves out whole images, [B, H, W, C]; the branch is [B * windows, K, C]."""
+    if not drop_path.training or type(drop_path) is nn.Identity:
+        return branch
+    return drop_path(branch.reshape(x.shape[0], -1, x.shape[3])).view_as(branch)
+
+
+def _stages(model: nn.Module) -> list[Any]:
+    names = "SwinTransformerStage", "SwinTransformerV2Stage"
+    return [m for m in model.modules() if type(m).__name__ in names and type(m).__module__.startswith("timm.models.")]
+
+
+IDLE_BLOCK = IdleWindowBlock
+
+
+def find(model: Any) -> nn.Module | None:
+    """The model itself if it is a SwinTransformer, of either version, or what ``features_only`` made of one."""
+    timm_swin = sys.modules.get("timm.models.swin_transformer")
+    if timm_swin is None:  # no timm model can exist
+        return None
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    if isinstance(model, (timm_swin.SwinTransformer, SwinTransformerV2)):
+        return model
+    return model if type(model).__name__ in ("FeatureListNet", "FeatureDictNet") and _stages(model) else None
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for stage in _stages(model) for block in stage.blocks]
+
+
+def set_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
+    remaining = iter(blocks)
+    for stage in _stages(model):
+        for i in range(len(stage.blocks)):
+            stage.blocks[i] = next(remaining)
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    return 0
+
+
+def default_scorer(model: nn.Module) -> str:
+    return "mean"
+
+
+def reasons(model: nn.Module) -> list[str]:
+    """Why this model cannot idle; empty if it can."""
+    from timm.models import swin_transformer, swin_transformer_v2
+
+    known = {
+        swin_transformer.SwinTransformerBlock: swin_transformer.WindowAttention,
+        swin_transformer_v2.SwinTransformerV2Block: swin_transformer_v2.WindowAttention,
+    }
+    found: dict[str, None] = {}  # ordered, once each
+    block: Any
+    for block in blocks(model):
+        if isinstance(block, IdleBlock):
+            continue
+        attention = known.get(type(block))
+        if attention is None:
+            found[f"its blocks are {type(block).__name__}, whose forward is not known"] = None
+        elif type(block.attn) is not attention:
+            found[f"its attention is {type(block.attn).__name__}, which is not timm's WindowAttention"] = None
+    return list(found)

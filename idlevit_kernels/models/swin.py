@@ -146,11 +146,9 @@ class IdleWindowBlock(IdleBlock):
         """x [B, H, W, C] -> [B, H, W, C]."""
         block: Any = self._block[0]
         num_keep = num_kept(self.keep_ratio, block.window_area)
-        if num_keep == block.window_area:
-            return block.forward(x)
         _, H, W, _ = x.shape
         windows = Windows((H, W), block.window_size, block.shift_size, x.device)
-        compute = _pre_norm if _is_first_version(self.attn) else _post_norm
+        compute = _pre_norm if hasattr(self.attn, "relative_position_bias_table") else _post_norm
         return windows.join(compute(x, self, windows, num_keep, resolve("auto")))
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -162,10 +160,6 @@ class IdleWindowBlock(IdleBlock):
         block.init_non_persistent_buffers()
 
 
-def _is_first_version(attn: Any) -> bool:
-    return hasattr(attn, "relative_position_bias_table")
-
-
 def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: str) -> Tensor:
     """V1: x + attn(norm1(x)), then x + mlp(norm2(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
     attn = block.attn
@@ -174,29 +168,31 @@ def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: s
     table = attn.relative_position_bias_table  # [offsets, H]
 
     # Padding is zero after the norm, which is not the norm of zero: then all tokens are normalised before the cut.
-    fused = norm1 is not None and not windows.padded
+    fused = norm1 is not None and not windows.padded and num_keep < tokens.shape[1]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not fused):
-        normed = block.norm1(tokens) if fused else windows.split(block.norm1(x))
-    with torch.no_grad():
-        scores = _scores(attn, table, windows, _mean_logits(attn, windows, normed))
-    if norm1 is not None and fused:
-        indices, y = ops.select_gather_norm(tokens, scores, num_keep, 0, *norm1, backend=backend)
-    else:
-        indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
-        y = ops.gather_tokens(normed, indices, backend=backend)
+        normed = windows.split(block.norm1(x)) if windows.padded else block.norm1(tokens)
+    indices, y = None, normed
+    if num_keep < tokens.shape[1]:
+        with torch.no_grad():
+            scores = _scores(attn, table, windows, _mean_logits(attn, windows, normed))
+        if fused and norm1 is not None:
+            indices, y = ops.select_gather_norm(tokens, scores, num_keep, 0, *norm1, backend=backend)
+        else:
+            indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
+            y = ops.gather_tokens(normed, indices, backend=backend)
 
     query, key, value = dense.linear(attn.qkv, y, backend).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
-    mask = _mask(attn, table, windows, indices, query.dtype)
+    mask = _mask(attn, table, windows, indices, query)
     branch = _attend(attn, query, key, value, mask, attn.scale, backend)  # [B * windows, K, C]
     branch = _drop(block.drop_path1, branch, x)
 
-    if norm2 is not None:
+    if indices is not None and norm2 is not None:
         kept, y = ops.gather_add_norm(tokens, indices, branch, None, 1.0, *norm2, backend=backend)
     else:
-        kept = ops.gather_tokens(tokens, indices, backend=backend) + branch
+        kept = _gather(tokens, indices, backend) + branch
         y = block.norm2(kept)
     branch = _drop(block.drop_path2, dense.mlp(block.mlp, y, backend), x)
-    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+    return _scatter_add(tokens, indices, kept, branch, backend)
 
 
 def _mean_logits(attn: Any, windows: Windows, normed: Tensor) -> Tensor:
@@ -227,22 +223,23 @@ def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: 
     query, key = projected[..., :width].unflatten(2, (2, attn.num_heads, -1)).unbind(2)  # [B * windows, M^2, H, d]
     temperature = attn.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)  # [H, 1]
     query, key = (F.normalize(query, dim=-1) * temperature).flatten(2), F.normalize(key, dim=-1).flatten(2)
-    with torch.no_grad():
-        scores = _scores(attn, table, windows, windows.region_means(query) @ key.transpose(1, 2))
-    indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
-    kept = ops.gather_tokens(tokens, indices, backend=backend)
-    query, key = (ops.gather_tokens(t, indices, backend=backend) for t in (query, key))
+    indices = None
+    if num_keep < tokens.shape[1]:
+        with torch.no_grad():
+            scores = _scores(attn, table, windows, windows.region_means(query) @ key.transpose(1, 2))
+        indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
+    kept, query, key = (_gather(t, indices, backend) for t in (tokens, query, key))
     if plain_linear(qkv):
         value = dense.linear_by(qkv.weight[width:], None if bias is None else bias[width:], kept, backend)
     else:
-        value = ops.gather_tokens(projected[..., width:], indices, backend=backend)
+        value = _gather(projected[..., width:], indices, backend)
 
     query, key, value = (t.unflatten(2, (attn.num_heads, -1)) for t in (query, key, value))
-    mask = _mask(attn, table, windows, indices, query.dtype)
+    mask = _mask(attn, table, windows, indices, query)
     branch = block.norm1(_attend(attn, query, key, value, mask, 1.0, backend))  # [B * windows, K, C]
     kept = kept + _drop(block.drop_path1, branch, x)
     branch = _drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x)
-    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+    return _scatter_add(tokens, indices, kept, branch, backend)
 
 
 def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tensor:
@@ -263,15 +260,20 @@ def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tenso
     return scores
 
 
-def _mask(attn: Any, table: Tensor, windows: Windows, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Relative position bias and mask of the kept tokens: indices [B * windows, K] -> [B * windows, H, K, K]."""
-    index = attn.relative_position_index  # index[i, j] is a difference of what i and j contribute
-    kept = index[:, 0][indices]
-    offsets = kept[:, :, None] - kept[:, None, :] + index[0, 0]
-    mask = F.embedding(offsets, table.to(dtype)).permute(0, 3, 1, 2)
-    if windows.regions is not None:
-        region = windows.of_batch(windows.regions, indices).gather(1, indices)
-        mask = mask + (region[:, :, None] != region[:, None, :]).unsqueeze(1) * _OUTSIDE
+def _mask(attn: Any, table: Tensor, windows: Windows, indices: Tensor | None, query: Tensor) -> Tensor:
+    """Relative position bias and mask of the kept tokens: [B * windows or 1, H, K, K] of the dtype of the queries."""
+    index, regions = attn.relative_position_index, windows.regions
+    if regions is not None:
+        regions = windows.of_batch(regions, query)  # [B * windows, M^2]
+    if indices is None:
+        index = index.unsqueeze(0)
+    else:
+        first = index[:, 0][indices]  # what i adds to index[i, j]; j takes off the same
+        index = first[:, :, None] - first[:, None, :] + index[0, 0]
+        regions = None if regions is None else regions.gather(1, indices)
+    mask = F.embedding(index, table.to(query.dtype)).permute(0, 3, 1, 2)
+    if regions is not None:
+        mask = mask + (regions[:, :, None] != regions[:, None, :]).unsqueeze(1) * _OUTSIDE
     return mask
 
 
@@ -281,6 +283,16 @@ def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     return attn.proj_drop(dense.linear(attn.proj, out.transpose(1, 2).flatten(2), backend))
+
+
+def _gather(tokens: Tensor, indices: Tensor | None, backend: str) -> Tensor:
+    return tokens if indices is None else ops.gather_tokens(tokens, indices, backend=backend)
+
+
+def _scatter_add(tokens: Tensor, indices: Tensor | None, kept: Tensor, branch: Tensor, backend: str) -> Tensor:
+    if indices is None:
+        return kept + branch
+    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
 
 
 def _drop(drop_path: nn.Module, branch: Tensor, x: Tensor) -> Tensor:

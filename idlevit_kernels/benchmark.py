@@ -22,6 +22,7 @@ from .block import IdleBlock
 from .complexity import count_macs
 from .errors import value_error
 from .models import apply_idle, idle_blocks
+from .models.grid import IdleGridBlock
 from .schedule import check_ratio, num_kept
 from .timing import Interrupted, Timing, alternate
 
@@ -281,10 +282,14 @@ class _Steps:
 
 
 def _first_of_each_stage(model: nn.Module) -> list[tuple[str, IdleBlock]]:
-    """Name and module of the first idle block of each keep ratio."""
+    """Name and module of the first idle block of each keep ratio; none in a pyramid, whose blocks see a grid.
+
+    Their floor is no dense block on fewer tokens.
+    """
     stages: dict[float, tuple[str, IdleBlock]] = {}
     for name, block in idle_blocks(model).items():
-        stages.setdefault(block.keep_ratio, (name, block))
+        if not isinstance(block, IdleGridBlock):
+            stages.setdefault(block.keep_ratio, (name, block))
     return list(stages.values())
 
 

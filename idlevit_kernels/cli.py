@@ -108,7 +108,7 @@ def _section(title: str, lines: dict[str, Any]) -> Table:
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="Name of a timm VisionTransformer.")] = "deit_small_patch16_224",
+    model: Annotated[str, typer.Option(help="Name of a timm model of a supported family.")] = "deit_small_patch16_224",
     keep_ratio: Annotated[list[float], typer.Option(help="Repeat it for several.")] = [0.9, 0.8, 0.7, 0.6, 0.5],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Images in a batch; repeat it for several.")] = [1, 8, 32],  # noqa: B006
     image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,

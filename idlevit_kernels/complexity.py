@@ -89,12 +89,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
     return MacReport(counter.get_total_flops() // 2, dict(per_layer))
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Direct children, with sequences and lists opened."""
+def _layers(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Direct children; sequences, lists and stages, which hold a sequence or list named ``blocks``, are opened."""
     found: list[tuple[str, nn.Module]] = []
+    containers = nn.Sequential, nn.ModuleList
     for name, child in model.named_children():
-        if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            found.extend((f"{name}.{key}", layer) for key, layer in child.named_children())
+        if isinstance(child, containers) or isinstance(getattr(child, "blocks", None), containers):
+            found.extend(_layers(child, f"{prefix}{name}."))
         else:
-            found.append((name, child))
+            found.append((prefix + name, child))
     return found

@@ -62,7 +62,7 @@ def logits_and_values(attn: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]
 
 def masked_block(x: Tensor, block: nn.Module, ratio: float) -> Tensor:
     """The paper's training form within each window, on all tokens: x [B, H, W, C]."""
-    (B, H, W, C), (h, w), shift, attn = x.shape, block.window_size, block.shift_size, block.attn
+    (B, H, W, _), (h, w), shift, attn = x.shape, block.window_size, block.shift_size, block.attn
     cosine = hasattr(attn, "logit_scale")
     pad = (0, 0, 0, -W % w, 0, -H % h)
     Hp, Wp = H + -H % h, W + -W % w
@@ -140,3 +140,236 @@ def test_masked_form(name: str, training: bool) -> None:
                 if grad is not None:
                     assert_equal(found_grads[key], grad, f"gradient of {key}")
         ik.remove_idle(model)
+
+
+def test_this_comparison_can_fail() -> None:
+    """The bias is part of the score: without it other tokens would be kept."""
+    model = make("v1").double()
+    image, schedule = image_for(model), [1.0, 1.0, 1.0, 0.5, 1.0, 1.0]
+    wanted = masked_form(model, image, schedule)
+    attn = model.layers[1].blocks[1].attn
+    attn.relative_position_bias_table.data.zero_()
+    with pytest.raises(AssertionError, match="^logits"):
+        assert_equal(ik.apply_idle(model, schedule=schedule)(image), wanted, "logits")
+
+
+# timm and back
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_there_and_back(name: str) -> None:
+    model = make(name)
+    image = image_for(model)
+    dense, state = model(image), model.state_dict(keep_vars=True)
+    blocks, buffers = [m for stage in model.layers for m in stage.blocks], list(model.buffers())
+    ik.apply_idle(model, keep_ratio=1.0)
+    torch.testing.assert_close(model(image), dense, rtol=1e-5, atol=1e-5)
+    ik.remove_idle(model)
+
+    assert ik.apply_idle(model, keep_ratio=0.5) is model
+    names = [f"layers.{i // 2}.blocks.{i % 2}" for i in range(1, 6)]
+    assert {n: b.keep_ratio for n, b in ik.idle_blocks(model).items()} == dict(
+        zip(names, ik.idle_schedule(6, 0.5)[1:], strict=True)
+    )
+    idle = model(image)
+    assert idle.isfinite().all() and not torch.allclose(idle, dense)
+    found = model.state_dict(keep_vars=True)
+    assert list(found) == list(state) and all(found[key] is state[key] for key in state)
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(image), idle)
+        assert torch.equal(ik.remove_idle(again)(image), dense)
+    other = ik.apply_idle(make(name), keep_ratio=0.5)
+    other.load_state_dict(ik.remove_idle(model).state_dict(), strict=True)  # dense into idle
+    assert torch.equal(other(image), idle)
+    model.load_state_dict(other.state_dict(), strict=True)  # and back
+    assert [m for stage in model.layers for m in stage.blocks] == blocks and torch.equal(model(image), dense)
+
+
+@pytest.mark.parametrize("name", ["v1", "v1, padded", "v2"])
+@torch.no_grad()
+def test_idle_tokens_pass_unchanged(name: str) -> None:
+    model = ik.apply_idle(make(name), schedule=[1.0, 1.0, 0.5, 0.5, 1.0, 1.0])
+    for i, block in enumerate(model.layers[1].blocks):
+        dense = block.dense_block()
+        windows = Windows((8, 8), dense.window_size, dense.shift_size, torch.device("cpu"))
+        assert windows.shifted == (i == 1 and dense.window_size[0] < 8)
+        x = torch.randn(3, 8, 8, 32)
+        before = x.clone()
+        out = block(x)
+        assert torch.equal(x, before)
+        computed = (out != x).any(-1, keepdim=True)
+        kept = windows.split(computed.float()).sum((1, 2))
+        real = windows.split(torch.ones(3, 8, 8, 1)).sum((1, 2))
+        assert torch.equal(kept, real.clamp(max=dense.window_area // 2))  # padding comes last
+
+
+def test_windows_are_those_of_timm() -> None:
+    block = timm.create_model(V1, **SMALL, window_size=3).layers[0].blocks[1]
+    for grid in ((16, 16), (15, 9), (4, 20)):
+        x = torch.randn(2, *grid, 5)
+        windows = Windows(grid, (3, 3), (1, 1), x.device)
+        assert torch.equal(windows.join(windows.split(x)), x)
+        shifted = F.pad(x.roll((-1, -1), (1, 2)), (0, 0, 0, -grid[1] % 3, 0, -grid[0] % 3))
+        assert torch.equal(windows.split(x), window_partition(shifted, (3, 3)).flatten(1, 2))
+        seen = block.get_attn_mask(shifted) == 0
+        assert torch.equal(windows.regions[:, :, None] == windows.regions[:, None, :], seen)
+
+
+@torch.no_grad()
+def test_small_windows_cap_the_number_of_kept_tokens() -> None:
+    """timm cuts the window down to the grid, and at least one token is computed in each."""
+    model = ik.apply_idle(make("v1", img_size=16), schedule=[1.0, 1.0, 0.9, 0.9, 0.3, 0.3])
+    sizes = [block.dense_block().window_size for block in ik.idle_blocks(model).values()]
+    assert sizes == [(2, 2), (2, 2), (1, 1), (1, 1)]
+    assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+# How timm uses its blocks
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+@torch.no_grad()
+def test_set_input_size(name: str) -> None:
+    """Before or after ``apply_idle``, and the dense model that comes back has the new size as well."""
+    first, second = make(name), make(name)
+    second.load_state_dict(first.state_dict())
+    first.set_input_size(img_size=(96, 64), window_size=(3, 4))
+    ik.apply_idle(first, keep_ratio=0.5)
+    ik.apply_idle(second, keep_ratio=0.5).set_input_size(img_size=(96, 64), window_size=(3, 4))
+    image = torch.randn(2, 3, 96, 64)
+    assert torch.equal(first(image), second(image))
+    assert torch.equal(ik.remove_idle(first)(image), ik.remove_idle(second)(image))
+
+
+@pytest.mark.parametrize("timm_name", [V1, V2])
+@torch.no_grad()
+def test_any_image_size(timm_name: str) -> None:
+    model = timm.create_model(timm_name, **SMALL, window_size=5, strict_img_size=False).double().eval()
+    schedule = [0.5, 0.7, 0.5, 1.0, 0.3, 0.5]
+    for size in ((64, 64), (68, 100), (20, 24)):
+        image = torch.randn(2, 3, *size, dtype=torch.float64)
+        wanted = masked_form(model, image, schedule)
+        assert_equal(ik.apply_idle(model, schedule=schedule)(image), wanted, f"logits at {size}")
+        ik.remove_idle(model)
+
+
+@pytest.mark.parametrize("timm_name", [V1, V2])
+@torch.no_grad()
+def test_features(timm_name: str) -> None:
+    """The whole grid of every stage, by ``forward_intermediates`` and by ``features_only``."""
+    model = timm.create_model(timm_name, **SMALL, window_size=4).eval()
+    features = timm.create_model(timm_name, **SMALL, window_size=4, features_only=True).eval()
+    keys = list(features.state_dict())
+    state = {key.replace("layers.", "layers_"): value for key, value in model.state_dict().items()}
+    features.load_state_dict({key: state[key] for key in keys})
+    image = torch.randn(2, 3, 64, 64)
+    dense = features(image)
+    ik.apply_idle(model, keep_ratio=0.5)
+    assert ik.apply_idle(features, keep_ratio=0.5) is features and list(features.state_dict()) == keys
+    assert len(ik.idle_blocks(features)) == len(ik.idle_blocks(model)) == 5
+    found, x = features(image), model.patch_embed(image)
+    _, intermediates = model.forward_intermediates(image)
+    for got, nchw, was, stage in zip(found, intermediates, dense, model.layers, strict=True):
+        x = stage(x)
+        assert got.shape == was.shape
+        torch.testing.assert_close(got, x)
+        torch.testing.assert_close(nchw, x.permute(0, 3, 1, 2))
+    assert ik.count_macs(features).total < ik.count_macs(ik.remove_idle(features)).total
+    assert all(torch.equal(a, b) for a, b in zip(features(image), dense, strict=True))
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_gradient_checkpointing_and_hooks(name: str) -> None:
+    model, calls = make(name, drop_path_rate=0.0).train(), []
+    handle = model.layers[1].blocks[1].register_forward_hook(lambda *_: calls.append("hook"))
+    ik.apply_idle(model, keep_ratio=0.5)
+    image = image_for(model)
+    wanted = gradients(model, model(image))
+    assert calls == ["hook"]
+    handle.remove()
+    model.layers[1].blocks[1].norm1.register_forward_hook(lambda *_: calls.append("norm"))
+    model.set_grad_checkpointing(True)
+    for key, grad in gradients(model, model(image)).items():
+        torch.testing.assert_close(grad, wanted[key])
+    assert calls == ["hook", "norm", "norm"]
+
+
+@pytest.mark.parametrize("name", ["v1", "v1, padded", "v2"])
+def test_projections_that_are_no_plain_linear(name: str) -> None:
+    """A hooked projection is called, and the logits stay."""
+    model, calls = ik.apply_idle(make(name), keep_ratio=0.5), []
+    image = image_for(model)
+    wanted = model(image)
+    for block in ik.idle_blocks(model).values():
+        block.attn.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
+    torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
+    assert len(calls) == (5 if name == "v2" else 10)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+@torch.no_grad()
+def test_half_types(name: str) -> None:
+    model = ik.apply_idle(make(name), keep_ratio=0.5)
+    image = image_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(image).isfinite().all()
+    assert model.to(torch.bfloat16)(image.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_batch_of_none_and_images_apart() -> None:
+    model = ik.apply_idle(make("v1"), keep_ratio=0.5)
+    assert model(torch.randn(0, 3, 64, 64)).shape == (0, 7)
+    image = image_for(model, B=3)
+    torch.testing.assert_close(model(image), torch.cat([model(one[None]) for one in image]), rtol=1e-4, atol=1e-4)
+
+
+# Counting, compiling, refusing
+
+
+def test_macs() -> None:
+    """Table of Swin-T at 224 pixels, and one block by hand."""
+    with torch.device("meta"):
+        model = timm.create_model(V1)
+        assert ik.count_macs(model).total / 1e9 == pytest.approx(4.491, abs=1e-3)
+        report = ik.count_macs(ik.apply_idle(model, keep_ratio=0.7))
+    assert report.total / 1e9 == pytest.approx(2.924, abs=1e-3)
+    assert sum(report.per_layer.values()) == report.total
+    C, M2, windows, K = 384, 49, 4, int(0.7**2 * 49)
+    kept = windows * K * 12 * C * C + windows * 2 * K * K * C
+    score = windows * 2 * C * C + windows * M2 * C  # a direction and a dot product with it
+    assert report.per_layer["layers.2.blocks.2"] == kept + score
+
+
+@pytest.mark.parametrize("name", ["v1", "v1, padded", "v2"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+@torch.no_grad()
+def test_compile(name: str, backend: str) -> None:
+    """One graph; by default only traced, not compiled."""
+    torch._dynamo.reset()
+    model = ik.apply_idle(make(name, depths=(1, 2), num_heads=(2, 2)), schedule=[1.0, 0.5, 0.5])
+    image = image_for(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-4)
+
+
+def test_refusals() -> None:
+    model = make("v1")
+    with pytest.raises(ValueError, match="^apply_idle: scorer must be 'mean' or 'auto'"):
+        ik.apply_idle(model, scorer="cls")
+    with pytest.raises(ValueError, match="^apply_idle: schedule must be one keep ratio for each of the 6 layers"):
+        ik.apply_idle(model, schedule=[0.5] * 3)
+
+    class Other(type(model.layers[0].blocks[0].attn)):
+        pass
+
+    model.layers[0].blocks[1].attn.__class__ = Other
+    with pytest.raises(TypeError, match="^apply_idle: SwinTransformer cannot idle: its attention is Other"):
+        ik.apply_idle(model)
+    assert not ik.idle_blocks(model)
+    with torch.device("meta"):
+        unknown = timm.create_model("swinv2_cr_tiny_224")
+    with pytest.raises(TypeError, match="^apply_idle: model must be one of: .*SwinTransformerV2;"):
+        ik.apply_idle(unknown)

@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 from .. import dense, ops
 from ..backends import resolve
-from ..block import IdleBlock, take_over
+from ..block import IdleBlock
 from ..dense import plain_linear
-from ..errors import value_error
 from ..reference.layer_norm import accumulate_dtype
-from ..schedule import check_ratio, num_kept
+from ..schedule import num_kept
 from ..scoring import layer_norm_parameters
+from .grid import IdleGridBlock, put_blocks
 
 NAME = "timm SwinTransformer, SwinTransformerV2"
 
@@ -96,14 +96,14 @@ class Windows:
 
         ``[windows, M^2, C]`` may stand for what is the same in every image. Regions without tokens give zero.
         """
-        if self.regions is None and self.image is None:
-            return tokens.mean(1, keepdim=True)
-        if self.regions is None:
-            members = self.image[:, None]
-        else:
+        if self.regions is not None:
             members = self.regions[:, None] == torch.arange(4, device=tokens.device)[:, None]
             if self.image is not None:
                 members = members & self.image[:, None]
+        elif self.image is not None:
+            members = self.image[:, None]
+        else:
+            return tokens.mean(1, keepdim=True)
         count = members.sum(2, keepdim=True).clamp(min=1)  # [windows, regions, 1]
         grouped = tokens.unflatten(0, (-1, members.shape[0]))
         return (members.to(tokens.dtype) @ grouped / count).flatten(0, 1)
@@ -119,28 +119,16 @@ class Windows:
         return t.repeat(like.shape[0] // t.shape[0], 1)
 
 
-class IdleWindowBlock(IdleBlock):
+class IdleWindowBlock(IdleGridBlock):
     """A Swin block that computes K tokens of each window and lets the others idle.
 
-    Args:
-        block: timm's SwinTransformerBlock or SwinTransformerV2Block. It shares its modules and buffers with this one,
-            under the same names, and is the one that knows window, shift and input size.
-        keep_ratio: in (0, 1]; K = int(keep_ratio * M^2), at least 1 and at most the M^2 tokens of a window, whose size
-            timm cuts down to that of a smaller grid.
-        num_prefix_tokens, scorer: 0 and "mean"; a window has no class token.
-    """
+    K = int(keep_ratio * M^2), at least 1 and at most the M^2 tokens of a window: timm cuts windows down to a smaller
+    grid, and K with them.
 
-    def __init__(self, block: nn.Module, keep_ratio: float, num_prefix_tokens: int = 0, scorer: str = "mean"):
-        nn.Module.__init__(self)  # the checks of IdleBlock are for blocks of tokens in a sequence
-        if num_prefix_tokens or scorer != "mean":
-            got = f"num_prefix_tokens={num_prefix_tokens}, scorer={scorer!r}"
-            raise value_error("IdleWindowBlock", "scorer", "'mean', with no prefix tokens", got)
-        self.keep_ratio = check_ratio("IdleWindowBlock", keep_ratio)
-        self.num_prefix_tokens, self.scorer = 0, "mean"
-        for name in ("_modules", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[name] = block.__dict__[name]
-        take_over(self, block)
-        self._block = (block,)  # in a tuple, so that it is no sub-module
+    Args:
+        block: timm's SwinTransformerBlock or SwinTransformerV2Block.
+        keep_ratio, num_prefix_tokens, scorer: as in ``IdleGridBlock``.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x [B, H, W, C] -> [B, H, W, C]."""
@@ -181,9 +169,9 @@ def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: s
             indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
             y = ops.gather_tokens(normed, indices, backend=backend)
 
-    query, key, value = dense.linear(attn.qkv, y, backend).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+    query, key, value = _linear(attn.qkv, y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
     mask = _mask(attn, table, windows, indices, query)
-    branch = _attend(attn, query, key, value, mask, attn.scale, backend)  # [B * windows, K, C]
+    branch = _attend(attn, query, key, value, mask, attn.scale)  # [B * windows, K, C]
     branch = _drop(block.drop_path1, branch, x)
 
     if indices is not None and norm2 is not None:
@@ -217,7 +205,7 @@ def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: 
     qkv, width = attn.qkv, 2 * attn.dim
     bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     if plain_linear(qkv):  # values are needed for kept tokens only
-        projected = dense.linear_by(qkv.weight[:width], None if bias is None else bias[:width], tokens, backend)
+        projected = dense.linear(tokens, qkv.weight[:width], None if bias is None else bias[:width])
     else:
         projected = qkv(tokens) if bias is None else qkv(tokens) + bias
     query, key = projected[..., :width].unflatten(2, (2, attn.num_heads, -1)).unbind(2)  # [B * windows, M^2, H, d]
@@ -230,13 +218,13 @@ def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: 
         indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
     kept, query, key = (_gather(t, indices, backend) for t in (tokens, query, key))
     if plain_linear(qkv):
-        value = dense.linear_by(qkv.weight[width:], None if bias is None else bias[width:], kept, backend)
+        value = dense.linear(kept, qkv.weight[width:], None if bias is None else bias[width:])
     else:
         value = _gather(projected[..., width:], indices, backend)
 
     query, key, value = (t.unflatten(2, (attn.num_heads, -1)) for t in (query, key, value))
     mask = _mask(attn, table, windows, indices, query)
-    branch = block.norm1(_attend(attn, query, key, value, mask, 1.0, backend))  # [B * windows, K, C]
+    branch = block.norm1(_attend(attn, query, key, value, mask, 1.0))  # [B * windows, K, C]
     kept = kept + _drop(block.drop_path1, branch, x)
     branch = _drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x)
     return _scatter_add(tokens, indices, kept, branch, backend)
@@ -249,12 +237,9 @@ def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tenso
     """
     acc = accumulate_dtype(logits.dtype)
     bias = table.to(acc).mean(1)[attn.relative_position_index]  # [M^2, M^2], row i biases the query i
-    if windows.regions is not None or windows.image is not None:
-        bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
-        bias = bias.repeat(logits.shape[0] // windows.count, 1, 1)
-    else:
-        bias = bias.mean(0)
-    scores = windows.own_region(logits.to(acc) / attn.num_heads + bias)
+    bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
+    by_image = logits.to(acc).unflatten(0, (-1, windows.count)) / attn.num_heads
+    scores = windows.own_region((by_image + bias).flatten(0, 1))
     if windows.image is not None:
         scores = scores.masked_fill(~windows.of_batch(windows.image, scores), -math.inf)
     return scores
@@ -277,12 +262,12 @@ def _mask(attn: Any, table: Tensor, windows: Windows, indices: Tensor | None, qu
     return mask
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, backend: str) -> Tensor:
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """query, key, value [B * windows, K, H, head_dim] -> [B * windows, K, C]."""
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    return attn.proj_drop(dense.linear(attn.proj, out.transpose(1, 2).flatten(2), backend))
+    return attn.proj_drop(_linear(attn.proj, out.transpose(1, 2).flatten(2)))
 
 
 def _gather(tokens: Tensor, indices: Tensor | None, backend: str) -> Tensor:
@@ -293,6 +278,10 @@ def _scatter_add(tokens: Tensor, indices: Tensor | None, kept: Tensor, branch: T
     if indices is None:
         return kept + branch
     return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return dense.linear(x, layer.weight, layer.bias) if plain_linear(layer) else layer(x)
 
 
 def _drop(drop_path: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
@@ -327,10 +316,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def set_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    remaining = iter(blocks)
-    for stage in _stages(model):
-        for i in range(len(stage.blocks)):
-            stage.blocks[i] = next(remaining)
+    put_blocks([stage.blocks for stage in _stages(model)], blocks)
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

@@ -43,8 +43,10 @@ def apply_idle(
     is 1 compute all tokens. Call it before ``torch.compile``, DistributedDataParallel or FSDP.
 
     Args:
-        model: a timm VisionTransformer (DeiT, DINOv2, CLIP, ...) or its ``features_only`` form.
-        keep_ratio: r in (0, 1], 0.7 if nothing is given; the layers get ``idle_schedule(depth, r)``.
+        model: a timm model of a supported family (VisionTransformer, Eva, SwinTransformer, ...) or its
+            ``features_only`` form.
+        keep_ratio: r in (0, 1], 0.7 if nothing is given; the layers get ``idle_schedule(depth, r)``. The layers of a
+            pyramid count through all its stages: its early, wide ones are the dense quarter.
         schedule: instead, one ratio for each layer, 1.0 for dense.
         scorer: "cls", "mean" or "auto": the class token where the model has one, else the column mean.
 

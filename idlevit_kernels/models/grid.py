@@ -15,7 +15,7 @@ from ..schedule import check_ratio
 class IdleGridBlock(IdleBlock):
     """An idle block that is told the height and width of its tokens, and has no prefix tokens.
 
-    It and ``block`` share their modules and buffers, under the same names; ``block`` alone keeps the settings that
+    It and ``block`` share modules, parameters and buffers, under the same names; ``block`` alone keeps the settings that
     belong to an input size. Hooks on the block work as ever; attention runs on gathered tokens, so hooks on its parts
     do as well, but not those on the attention module as a whole.
 
@@ -33,7 +33,7 @@ class IdleGridBlock(IdleBlock):
             raise value_error(op, "scorer", "'mean' or 'auto', and num_prefix_tokens 0: there is no class token", got)
         self.keep_ratio = check_ratio(op, keep_ratio)
         self.num_prefix_tokens, self.scorer = 0, "mean"
-        for name in ("_modules", "_buffers", "_non_persistent_buffers_set"):
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[name] = block.__dict__[name]
         take_over(self, block)
         self._block = (block,)  # in a tuple, so that it is no sub-module

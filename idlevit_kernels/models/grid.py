@@ -15,9 +15,9 @@ from ..schedule import check_ratio
 class IdleGridBlock(IdleBlock):
     """An idle block that is told the height and width of its tokens, and has no prefix tokens.
 
-    It and ``block`` share modules, parameters and buffers, under the same names; ``block`` alone keeps the settings that
-    belong to an input size. Hooks on the block work as ever; attention runs on gathered tokens, so hooks on its parts
-    do as well, but not those on the attention module as a whole.
+    It and ``block`` share modules, parameters and buffers, under the same names; ``block`` alone keeps the settings
+    that belong to an input size. Hooks on the block work as ever; attention runs on gathered tokens, so hooks on its
+    parts do as well, but not those on the attention module as a whole.
 
     Args:
         block: timm's block.

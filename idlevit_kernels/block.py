@@ -106,7 +106,8 @@ def idle_block(
         raise value_error("idle_block", "inplace", "False while gradients are recorded (or use torch.no_grad)", inplace)
     if cut is not None:
         check_cut("idle_block", block.attn, cut)
-    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend), cut, rope)
+    backend = resolve(backend, "idle_block")
+    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, backend, cut, rope)
     if cut is not None:
         return out, token_cut, indices
     return (out, indices) if return_indices else out

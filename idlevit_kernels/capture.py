@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import describe, type_error, value_error
+from .errors import Words, describe, type_error, value_error
 
 _WARM_UP = 3  # passes: libraries make their handles and workspaces in the first, and Triton kernels are compiled
 
@@ -48,10 +48,10 @@ def capture(model: nn.Module, example: Tensor) -> CapturedModel:
     for name, module in model.named_modules():
         if module.training:
             got = f"{type(module).__name__} {name!r} in training mode" if name else "one in training mode"
-            raise value_error("capture", "model", "in evaluation mode; call model.eval()", got)
+            raise value_error("capture", "model", "in evaluation mode; call model.eval()", Words(got))
     devices = {t.device for t in [*model.parameters(), *model.buffers()]} or {example.device}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
-        got = f"one on {', '.join(sorted(map(str, devices)))}"
+        got = Words(f"one on {', '.join(sorted(map(str, devices)))}")
         raise value_error("capture", "model", "on one CUDA device (only those have graphs)", got)
     if example.device not in devices:
         raise value_error("capture", "example", f"on {next(iter(devices))}, where the model is", example)

@@ -85,7 +85,11 @@ def _info_text(facts: dict[str, Any]) -> Group:
     }
     build = {name: json.dumps(value) for name, value in facts["build"].items()}
     variables = {
-        name: Text.assemble("not set" if v["value"] is None else repr(v["value"]), (f"\n{v['meaning']}", "dim"))
+        name: Text.assemble(
+            "not set" if v["value"] is None else repr(v["value"]),
+            (f"\n{v['error']}" if v["error"] else "", "red"),
+            (f"\n{v['meaning']}", "dim"),
+        )
         for name, v in facts["variables"].items()
     }
     return Group(

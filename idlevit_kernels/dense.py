@@ -66,7 +66,7 @@ _MIN_MACS = 2**25
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` through whichever library is faster."""
-    return _linear(x, weight, bias) if _use_onednn(x, resolve("auto")) else F.linear(x, weight, bias)
+    return _linear(x, weight, bias) if _use_onednn(x, resolve("auto", "linear")) else F.linear(x, weight, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:

@@ -22,6 +22,13 @@ class BackendError(RuntimeError):
         super().__init__("\n".join(lines))
 
 
+class Words(str):
+    """What came, in words: shown as it is, where another string is a value and shown in quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def describe(value: Any) -> str:
     """A tensor as ``float32[2, 197, 384] on cpu``; anything else as its repr."""
     if isinstance(value, torch.Tensor):

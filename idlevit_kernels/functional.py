@@ -131,7 +131,9 @@ def cls_direction(
     if qkv_bias is not None:
         check_tensor(op, "qkv_bias", qkv_bias, "[3A]", (qkv_weight.shape[0],))
         _check_device(op, "qkv_bias", qkv_bias, x)
-    return ops.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, backend=resolve(backend))
+    return ops.cls_direction(
+        x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, backend=resolve(backend, "cls_direction")
+    )
 
 
 def token_scores(
@@ -168,7 +170,7 @@ def token_scores(
     check_tensor("token_scores", "direction", direction, "[B, C]", (x.shape[0], x.shape[2]))
     _check_device("token_scores", "direction", direction, x)
     _check_norm("token_scores", x, norm_weight, norm_bias, eps)
-    return ops.token_scores(x, direction, norm_weight, norm_bias, eps, backend=resolve(backend))
+    return ops.token_scores(x, direction, norm_weight, norm_bias, eps, backend=resolve(backend, "token_scores"))
 
 
 def select_tokens(scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, *, backend: str = "auto") -> Tensor:
@@ -194,7 +196,7 @@ def select_tokens(scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, *, 
     """
     check_tensor("select_tokens", "scores", scores, "[B, T]", (None, None))
     check_counts("select_tokens", scores.shape[1], num_keep, num_prefix_tokens)
-    return ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=resolve(backend))
+    return ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=resolve(backend, "select_tokens"))
 
 
 def select_gather_norm(
@@ -235,7 +237,14 @@ def select_gather_norm(
     check_counts(op, x.shape[1], num_keep, num_prefix_tokens)
     _check_norm(op, x, norm_weight, norm_bias, eps)
     return ops.select_gather_norm(
-        x, scores, num_keep, num_prefix_tokens, norm_weight, norm_bias, eps, backend=resolve(backend)
+        x,
+        scores,
+        num_keep,
+        num_prefix_tokens,
+        norm_weight,
+        norm_bias,
+        eps,
+        backend=resolve(backend, "select_gather_norm"),
     )
 
 
@@ -257,7 +266,7 @@ def gather_tokens(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tenso
     """
     check_tensor("gather_tokens", "x", x, "[B, T, C]", (None, None, None))
     _check_indices("gather_tokens", indices, x.shape[0], x.shape[1], x)
-    return ops.gather_tokens(x, indices, backend=resolve(backend))
+    return ops.gather_tokens(x, indices, backend=resolve(backend, "gather_tokens"))
 
 
 def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -278,7 +287,7 @@ def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str =
         BackendError: a named backend cannot run the call.
     """
     _check_scatter("scatter_tokens", x, indices, tokens)
-    return ops.scatter_tokens(x, indices, tokens, backend=resolve(backend))
+    return ops.scatter_tokens(x, indices, tokens, backend=resolve(backend, "scatter_tokens"))
 
 
 def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -293,8 +302,8 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     _check_scatter(op, x, indices, tokens)
     check_writable(op, x, tokens=tokens)
     if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
-        return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend)))
-    ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend))
+        return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend, "scatter_tokens_")))
+    ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend, "scatter_tokens_"))
     return x
 
 
@@ -343,7 +352,7 @@ def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: 
         raise value_error("expand_tokens", "num_tokens", f"at least n = {tokens.shape[1]}", num_tokens)
     _check_indices("expand_tokens", indices, tokens.shape[0], num_tokens, tokens)
     _check_compact("expand_tokens", "tokens", tokens, tokens, indices)
-    return ops.expand_tokens(tokens, indices, num_tokens, backend=resolve(backend))
+    return ops.expand_tokens(tokens, indices, num_tokens, backend=resolve(backend, "expand_tokens"))
 
 
 def gather_add_norm(
@@ -386,7 +395,15 @@ def gather_add_norm(
     check_number(op, "scale", scale)
     _check_norm(op, x, norm_weight, norm_bias, eps)
     return ops.gather_add_norm(
-        x, indices, branch, gamma, float(scale), norm_weight, norm_bias, eps, backend=resolve(backend)
+        x,
+        indices,
+        branch,
+        gamma,
+        float(scale),
+        norm_weight,
+        norm_bias,
+        eps,
+        backend=resolve(backend, "gather_add_norm"),
     )
 
 
@@ -424,7 +441,9 @@ def scatter_add_tokens(
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
     check_number(op, "scale", scale)
-    return ops.scatter_add_tokens(x, indices, tokens, branch, gamma, float(scale), backend=resolve(backend))
+    return ops.scatter_add_tokens(
+        x, indices, tokens, branch, gamma, float(scale), backend=resolve(backend, "scatter_add_tokens")
+    )
 
 
 def scatter_add_tokens_(
@@ -451,8 +470,8 @@ def scatter_add_tokens_(
     arguments = (x, indices, tokens, branch, gamma, float(scale))
     differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        return x.copy_(ops.scatter_add_tokens(*arguments, backend=resolve(backend)))
-    ops.scatter_add_tokens_(*arguments, backend=resolve(backend))
+        return x.copy_(ops.scatter_add_tokens(*arguments, backend=resolve(backend, "scatter_add_tokens_")))
+    ops.scatter_add_tokens_(*arguments, backend=resolve(backend, "scatter_add_tokens_"))
     return x
 
 
@@ -502,5 +521,7 @@ def token_cut_loss(
     check_number(op, "scale", scale)
     if kind not in ROW_WEIGHTS:
         raise value_error(op, "kind", f"one of {list(ROW_WEIGHTS)}", kind)
-    loss, _, _ = ops.token_cut_loss(q, k, indices, float(scale), num_prefix_tokens, kind, backend=resolve(backend))
+    loss, _, _ = ops.token_cut_loss(
+        q, k, indices, float(scale), num_prefix_tokens, kind, backend=resolve(backend, "token_cut_loss")
+    )
     return loss

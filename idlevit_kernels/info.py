@@ -41,7 +41,8 @@ def collect() -> dict[str, Any]:
         "cpu_instruction_set": instruction_sets(),
         "build": build_info(),
         "variables": {
-            name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in env.VARIABLES.items()
+            name: {"value": os.environ.get(name), "meaning": meaning, "error": _variable_error(name)}
+            for name, meaning in env.VARIABLES.items()
         },
     }
 
@@ -55,6 +56,20 @@ def backend_reasons() -> dict[str, list[str]]:
         except Exception as error:  # a broken installation is what this is asked about: tell it, whatever it is
             found[name] = [f"{type(error).__name__}: {error}"]
     return found
+
+
+def _variable_error(name: str) -> str | None:
+    """What is wrong with the variable's value; None if nothing is, or no value is refused."""
+    try:
+        if name == "IDLEVIT_BACKEND":
+            backends.check_name(env.get(name, "auto"), name, "the name")
+        elif name == "IDLEVIT_CPU_ISA":
+            cpu.extension()
+    except ValueError as error:
+        return str(error)
+    except ImportError:  # `backend_reasons` tells it
+        pass
+    return None
 
 
 def instruction_sets() -> dict[str, Any]:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from .errors import type_error, value_error
+from .errors import Words, type_error, value_error
 
 
-def check_ratio(op: str, ratio: float) -> float:
+def check_ratio(op: str, ratio: float, argument: str = "keep_ratio") -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise type_error(op, "keep_ratio", "a number in (0, 1]", ratio)
+        raise type_error(op, argument, "a number in (0, 1]", ratio)
     if not 0 < ratio <= 1:
-        raise value_error(op, "keep_ratio", "in (0, 1]", ratio)
+        raise value_error(op, argument, "in (0, 1]", ratio)
     return float(ratio)
 
 
@@ -49,8 +49,10 @@ def check_schedule(op: str, schedule: Sequence[float], depth: int) -> list[float
     if isinstance(schedule, str) or not isinstance(schedule, Sequence):
         raise type_error(op, "schedule", f"a sequence of {depth} keep ratios", schedule)
     if len(schedule) != depth:
-        raise value_error(op, "schedule", f"one keep ratio for each of the {depth} layers", f"{len(schedule)} ratios")
-    return [check_ratio(op, ratio) for ratio in schedule]
+        raise value_error(
+            op, "schedule", f"one keep ratio for each of the {depth} layers", Words(f"{len(schedule)} ratios")
+        )
+    return [check_ratio(op, ratio, f"schedule[{layer}]") for layer, ratio in enumerate(schedule)]
 
 
 def read_schedule(op: str, path: str | os.PathLike[str]) -> list[float]:

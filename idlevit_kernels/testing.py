@@ -153,22 +153,7 @@ def _cut_backward_arguments(case: Case, q: Tensor, k: Tensor, indices: Tensor) -
     return grad, q, k, indices, lse, share, *options
 
 
-OPS = (
-    "cls_direction",
-    "token_scores",
-    "select_tokens",
-    "select_gather_norm",
-    "gather_tokens",
-    "scatter_tokens",
-    "scatter_tokens_",
-    "expand_tokens",
-    "gather_add_norm",
-    "scatter_add_tokens",
-    "scatter_add_tokens_",
-    "gather_norm_backward",
-    "token_cut_loss",
-    "token_cut_loss_backward",
-)
+OPS = tuple(reference.__all__)
 # Ops whose public function returns less than the op does: tests compare what the op returns.
 _RAW = ("token_cut_loss",)
 

@@ -129,8 +129,11 @@ def test_compiled_code_follows_use_backend(ran: list[str], compiler: str) -> Non
 
 @pytest.mark.parametrize("backend", ["", "CPU", "cpp", "Triton", "native"])
 def test_unknown_names(backend: str) -> None:
-    with pytest.raises(ValueError, match="backend.* must be one of.*'triton', 'cuda', 'cpu', 'reference'.*got"):
+    names = r"\['auto', 'triton', 'cuda', 'cpu', 'reference'\]"
+    with pytest.raises(ValueError, match=f"^gather_tokens: backend must be one of {names}, got '{backend}'"):
         gather(backend=backend)
+    with pytest.raises(ValueError, match="^idle_block: backend must be one of"):
+        ik.idle_block(X, Block(8, 2), 2, backend=backend)
     with pytest.raises(ValueError, match="^use_backend: .* must be one of"), ik.use_backend(backend):
         pytest.fail("the context was entered")
 
@@ -146,20 +149,30 @@ def test_names_of_the_wrong_type(backend: object) -> None:
 # A named backend that cannot run
 
 
+def scores_of(x: torch.Tensor, **kwargs) -> torch.Tensor:
+    return ik.token_scores(x, x[:, 0], None, None, 1e-6, **kwargs)
+
+
 def test_every_reason_is_named() -> None:
     wide = torch.randn(1, 3, cpu.extension().MAX_CHANNELS + 1)
     with pytest.raises(ik.BackendError) as error:
-        ik.gather_tokens(wide, torch.tensor([[0]]), backend="cpu")
+        scores_of(wide, backend="cpu")
     text = str(error.value)
-    assert error.value.op == "gather_tokens" and len(error.value.reasons["cpu"]) == 1
-    assert f"float32[1, 3, {wide.shape[2]}] on cpu" in text and "int64[1, 1] on cpu" in text
+    assert error.value.op == "token_scores" and len(error.value.reasons["cpu"]) == 1
+    assert f"float32[1, 3, {wide.shape[2]}] on cpu" in text and f"float32[1, {wide.shape[2]}] on cpu" in text
     assert f"at most {cpu.extension().MAX_CHANNELS} channels, not {wide.shape[2]}" in text
     assert "backend 'cpu' cannot run it" in text
 
 
 def test_auto_runs_what_the_native_kernels_cannot() -> None:
     wide = torch.randn(1, 3, cpu.extension().MAX_CHANNELS + 1)
-    assert torch.equal(ik.gather_tokens(wide, torch.tensor([[1]])), wide[:, 1:2])
+    torch.testing.assert_close(scores_of(wide), scores_of(wide, backend="reference"))
+
+
+def test_kernels_that_hold_no_row_take_any_width() -> None:
+    wide, indices = torch.randn(1, 3, cpu.extension().MAX_CHANNELS + 1).half(), torch.tensor([[1]])
+    assert torch.equal(ik.gather_tokens(wide, indices, backend="cpu"), wide[:, 1:2])
+    assert torch.equal(ik.scatter_tokens(wide, indices, wide[:, :1], backend="cpu")[:, 1], wide[:, 0])
 
 
 def test_meta_tensors_have_no_kernel() -> None:
@@ -193,8 +206,8 @@ def test_a_refusal_is_not_forgotten() -> None:
         x = torch.randn(1, 3, channels)
         if channels > limit:
             with pytest.raises(ik.BackendError, match="channels"):
-                ik.gather_tokens(x, torch.tensor([[1]]), backend="cpu")
-        assert torch.equal(ik.gather_tokens(x, torch.tensor([[1]])), x[:, 1:2])
+                scores_of(x, backend="cpu")
+        assert scores_of(x).isfinite().all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -213,14 +226,14 @@ def test_auto_logs_each_cause_once(caplog: pytest.LogCaptureFixture) -> None:
     indices = torch.tensor([[0]])
     with caplog.at_level(logging.DEBUG, logger="idlevit_kernels"):
         for _ in range(3):
-            ik.gather_tokens(x, indices)
+            scores_of(x)
         assert len(caplog.records) == 1
-        ik.expand_tokens(x, indices.expand(1, 3).cumsum(1) + torch.arange(3), 4)
-        ik.expand_tokens(x, indices.expand(1, 3).cumsum(1) + torch.arange(3), 4)
+        for _ in range(3):
+            ik.gather_add_norm(x, indices, x[:, :1], None, 1.0, None, None, 1e-6)
         gather()
     first, second = (record.getMessage() for record in caplog.records)
-    assert "gather_tokens" in first and "'cpu' not used" in first and "channels" in first
-    assert "expand_tokens" in second
+    assert "token_scores" in first and "'cpu' not used" in first and "channels" in first
+    assert "gather_add_norm" in second
 
 
 # The variable

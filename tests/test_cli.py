@@ -43,6 +43,14 @@ def test_info_json_gives_every_reason(monkeypatch):
     for backend in facts["backends"].values():
         assert backend["usable"] == (not backend["reasons"])
     assert facts["variables"]["IDLEVIT_BACKEND"]["value"] == "auto"
+    assert facts["variables"]["IDLEVIT_BACKEND"]["error"] is None
+
+
+def test_info_tells_of_a_variable_with_a_bad_value(monkeypatch):
+    monkeypatch.setenv("IDLEVIT_BACKEND", "fastest")
+    error = json.loads(run("info", "--json").stdout)["variables"]["IDLEVIT_BACKEND"]["error"]
+    assert error.startswith("IDLEVIT_BACKEND: the name must be one of") and error.endswith("got 'fastest'")
+    assert "got 'fastest'" in " ".join(run("info").stdout.split())
 
 
 def test_info_tells_of_a_backend_that_breaks(monkeypatch):

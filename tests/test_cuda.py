@@ -63,6 +63,7 @@ def test_too_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "device_type", "cpu")
     monkeypatch.setattr(ops, "device_reasons", lambda device: ["the architecture"])
     ops.__dict__["max_channels"] = 4096
+    assert ops.reasons("gather_tokens", (torch.zeros(1, 1, 4097),)) == ["the architecture"], "it walks a row in parts"
     assert ops.reasons("token_scores", (torch.zeros(1, 1, 4096),)) == ["the architecture"]
     assert ops.reasons("token_scores", (torch.zeros(1, 1, 4097),)) == [
         "the architecture",

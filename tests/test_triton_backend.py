@@ -29,7 +29,7 @@ def test_cpu_tensors_need_the_interpreter(op: str) -> None:
 
 
 def test_every_op_has_a_kernel() -> None:
-    assert set(testing.OPS) == set(module("triton").__all__)
+    assert all(callable(getattr(module("triton"), op)) for op in testing.OPS)
 
 
 def test_without_triton_there_is_a_reason_and_no_import_error() -> None:

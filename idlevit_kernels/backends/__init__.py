@@ -25,9 +25,9 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 _PREFERENCE = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 
 
-def check_name(backend: str, where: str = "backend") -> str:
+def check_name(backend: str, op: str, argument: str = "backend") -> str:
     if backend != "auto" and backend not in BACKENDS:
-        raise value_error(where, "the name", f"one of {['auto', *BACKENDS]}", backend)
+        raise value_error(op, argument, f"one of {['auto', *BACKENDS]}", backend)
     return backend
 
 
@@ -52,12 +52,12 @@ def use_backend(backend: str) -> Iterator[None]:
         _current.reset(token)
 
 
-def resolve(backend: str) -> str:
-    """The backend a call asks for: its own argument, else that of ``use_backend`` or IDLEVIT_BACKEND."""
+def resolve(backend: str, op: str) -> str:
+    """The backend a call of the op asks for: its own argument, else that of ``use_backend`` or IDLEVIT_BACKEND."""
     if backend != "auto":
-        return check_name(backend)
+        return check_name(backend, op)
     chosen = _current.get()
-    return check_name(_FROM_ENVIRONMENT, "IDLEVIT_BACKEND") if chosen is None else chosen
+    return check_name(_FROM_ENVIRONMENT, "IDLEVIT_BACKEND", "the name") if chosen is None else chosen
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def kernel(op: str, backend: str, args: tuple[Any, ...], like: str | None = None
 
 def _choose(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
     if backend != "auto":
-        chosen = module(check_name(backend))
+        chosen = module(check_name(backend, op))
         reasons = chosen.reasons(op, args)
         if reasons:
             raise BackendError(op, _call(args), {backend: reasons})

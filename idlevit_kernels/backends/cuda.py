@@ -68,19 +68,8 @@ class CUDAOps(native.NativeOps):
 
 
 _ops = CUDAOps()
-installed = _ops.installed
-reasons = _ops.reasons
-cls_direction = _ops.cls_direction
-token_scores = _ops.token_scores
-select_tokens = _ops.select_tokens
-select_gather_norm = _ops.select_gather_norm
-gather_tokens = _ops.gather_tokens
-gather_norm_backward = _ops.gather_norm_backward
-gather_add_norm = _ops.gather_add_norm
-scatter_tokens = _ops.scatter_tokens
-scatter_tokens_ = _ops.scatter_tokens_
-expand_tokens = _ops.expand_tokens
-scatter_add_tokens = _ops.scatter_add_tokens
-scatter_add_tokens_ = _ops.scatter_add_tokens_
-token_cut_loss = _ops.token_cut_loss
-token_cut_loss_backward = _ops.token_cut_loss_backward
+
+
+def __getattr__(name: str) -> Any:
+    """The ops, ``installed`` and ``reasons``."""
+    return getattr(_ops, name)

@@ -21,24 +21,6 @@ from ..reference.layer_norm import accumulate_dtype
 from . import token_cut_loss as tiles
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-OPS = frozenset(
-    {
-        "cls_direction",
-        "token_scores",
-        "select_tokens",
-        "select_gather_norm",
-        "gather_tokens",
-        "scatter_tokens",
-        "scatter_tokens_",
-        "expand_tokens",
-        "gather_add_norm",
-        "gather_norm_backward",
-        "scatter_add_tokens",
-        "scatter_add_tokens_",
-        "token_cut_loss",
-        "token_cut_loss_backward",
-    }
-)
 
 
 @functools.cache
@@ -98,6 +80,8 @@ class NativeOps(abc.ABC):
     """The ops of one family of kernels; a subclass says where they run, how one is called and what its result means."""
 
     device_type: str
+    # Ops whose kernels hold a whole row, so that there is a widest one.
+    row_ops = frozenset({"token_scores", "select_gather_norm", "gather_add_norm"})
 
     # Two small matrix products, and PyTorch's library has those.
     cls_direction = staticmethod(reference.cls_direction)
@@ -130,7 +114,7 @@ class NativeOps(abc.ABC):
 
     def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
         found = self.installed()
-        if op not in OPS:
+        if not hasattr(self, op):
             found.append(f"it has no kernel for {op}")
         first = args[0]
         for a in args:
@@ -141,7 +125,7 @@ class NativeOps(abc.ABC):
             found.append(f"it knows float32, float64, float16 and bfloat16, not {first.dtype}")
         if not found:
             found += self.device_reasons(first.device)
-            if first.dim() == 3 and first.shape[2] > self.max_channels:
+            if op in self.row_ops and first.shape[2] > self.max_channels:
                 found.append(f"it takes at most {self.max_channels} channels, not {first.shape[2]}")
         return found
 

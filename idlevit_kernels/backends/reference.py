@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
 
 from .. import reference
-from ..errors import value_error
+from ..errors import Words, value_error
 
 
 def installed() -> list[str]:
@@ -32,54 +34,24 @@ def bad_indices(op: str, indices: Tensor, num_tokens: int) -> ValueError:
         op,
         "indices",
         f"strictly ascending in each image and inside [0, {num_tokens}) (as select_tokens returns them)",
-        f"values from {low} to {high}, "
-        + ("ascending" if bool((indices.diff(dim=1) > 0).all()) else "not strictly ascending"),
+        Words(f"values from {low} to {high}, {'' if (indices.diff(dim=1) > 0).all() else 'not strictly '}ascending"),
     )
 
 
-cls_direction = reference.cls_direction
-token_scores = reference.token_scores
-select_tokens = reference.select_tokens
-select_gather_norm = reference.select_gather_norm
-gather_norm_backward = reference.gather_norm_backward
-token_cut_loss_backward = reference.token_cut_loss_backward
+def __getattr__(op: str) -> Any:
+    """The reference of the op, with its indices checked; those of a backward pass its forward has checked."""
+    if op not in reference.__all__:
+        raise AttributeError(op)
+    function = getattr(reference, op)
+    parameters = list(inspect.signature(function).parameters)
+    if "indices" not in parameters or op.endswith("_backward"):
+        return function
+    at, count = parameters.index("indices"), parameters.index("num_tokens") if "num_tokens" in parameters else None
 
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        check_indices(op, args[at], args[0].shape[1] if count is None else args[count])
+        return function(*args)
 
-def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
-    check_indices("gather_tokens", indices, x.shape[1])
-    return reference.gather_tokens(x, indices)
-
-
-def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
-    check_indices("scatter_tokens", indices, x.shape[1])
-    return reference.scatter_tokens(x, indices, tokens)
-
-
-def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor) -> None:
-    check_indices("scatter_tokens_", indices, x.shape[1])
-    reference.scatter_tokens_(x, indices, tokens)
-
-
-def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int) -> Tensor:
-    check_indices("expand_tokens", indices, num_tokens)
-    return reference.expand_tokens(tokens, indices, num_tokens)
-
-
-def gather_add_norm(x: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    check_indices("gather_add_norm", indices, x.shape[1])
-    return reference.gather_add_norm(x, indices, *rest)
-
-
-def scatter_add_tokens(x: Tensor, indices: Tensor, *rest: Any) -> Tensor:
-    check_indices("scatter_add_tokens", indices, x.shape[1])
-    return reference.scatter_add_tokens(x, indices, *rest)
-
-
-def scatter_add_tokens_(x: Tensor, indices: Tensor, *rest: Any) -> None:
-    check_indices("scatter_add_tokens_", indices, x.shape[1])
-    reference.scatter_add_tokens_(x, indices, *rest)
-
-
-def token_cut_loss(q: Tensor, k: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_indices("token_cut_loss", indices, q.shape[1])
-    return reference.token_cut_loss(q, k, indices, *rest)
+    globals()[op] = checked
+    return checked

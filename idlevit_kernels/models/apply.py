@@ -17,7 +17,7 @@ from torch import nn
 
 from ..block import IdleBlock
 from ..complexity import register_flop_formulas
-from ..errors import type_error, value_error
+from ..errors import Words, type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
 from . import eva, swin, vit
@@ -58,7 +58,7 @@ def apply_idle(
     family, found = find_family("apply_idle", model)
     blocks = family.blocks(found)
     if any(isinstance(block, IdleBlock) for block in blocks):
-        got = f"a model with {len(idle_blocks(model))} idle blocks"
+        got = Words(f"a model with {len(idle_blocks(model))} idle blocks")
         raise value_error("apply_idle", "model", "dense; call remove_idle first", got)
     if schedule is not None and keep_ratio is not None:
         raise value_error("apply_idle", "schedule", "None where keep_ratio is given (one of the two)", schedule)
@@ -83,7 +83,7 @@ def remove_idle(model: Model) -> Model:
     if not isinstance(model, nn.Module):
         raise type_error("remove_idle", "model", "a torch.nn.Module", model)
     if not any(isinstance(module, IdleBlock) for module in model.modules()):
-        got = f"a dense {type(model).__name__}"
+        got = Words(f"a dense {type(model).__name__}")
         raise value_error("remove_idle", "model", "one that apply_idle made idle", got)
     family, found = find_family("remove_idle", model)
     blocks = [b.dense_block() if isinstance(b, IdleBlock) else b for b in family.blocks(found)]

@@ -137,7 +137,7 @@ class IdleWindowBlock(IdleGridBlock):
         _, H, W, _ = x.shape
         windows = Windows((H, W), block.window_size, block.shift_size, x.device)
         compute = _pre_norm if hasattr(self.attn, "relative_position_bias_table") else _post_norm
-        return windows.join(compute(x, self, windows, num_keep, resolve("auto")))
+        return windows.join(compute(x, self, windows, num_keep, resolve("auto", "IdleWindowBlock")))
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         block: Any = self._block[0]

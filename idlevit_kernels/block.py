@@ -90,24 +90,25 @@ def idle_block(
     check_counts("idle_block", x.shape[1], num_keep, num_prefix_tokens)
     scorer = check_scorer("idle_block", scorer, num_prefix_tokens)
     _check_block("idle_block", block)
-    weight: Any = getattr(block.norm1, "weight", None)
+    parts: Any = block.parts() if isinstance(block, IdleBlock) else block
+    weight: Any = getattr(parts.norm1, "weight", None)
     if weight is not None and weight.shape[-1] != x.shape[2]:
         raise value_error("idle_block", "x", f"[B, T, C] with the block's C = {weight.shape[-1]} channels", x)
     if weight is not None and weight.device != x.device:
         raise value_error("idle_block", "x", f"on {weight.device}, where the block is", x)
-    query: Any = query_projection(block.attn)
+    query: Any = query_projection(parts.attn)
     if plain_linear(query) and query.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise type_error("idle_block", "x", f"of the block's dtype, {query.weight.dtype}, or under autocast", x)
     if rope is not None:
-        _check_rope("idle_block", rope, block.attn, x, num_prefix_tokens)
+        _check_rope("idle_block", rope, parts.attn, x, num_prefix_tokens)
     if inplace:
         check_writable("idle_block", x)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         raise value_error("idle_block", "inplace", "False while gradients are recorded (or use torch.no_grad)", inplace)
     if cut is not None:
-        check_cut("idle_block", block.attn, cut)
+        check_cut("idle_block", parts.attn, cut)
     backend = resolve(backend, "idle_block")
-    out, token_cut, indices = _idle(x, block, num_keep, num_prefix_tokens, scorer, inplace, backend, cut, rope)
+    out, token_cut, indices = _idle(x, parts, num_keep, num_prefix_tokens, scorer, inplace, backend, cut, rope)
     if cut is not None:
         return out, token_cut, indices
     return (out, indices) if return_indices else out
@@ -256,8 +257,8 @@ class IdleBlock(nn.Module):
     """
 
     def __init__(self, block: nn.Module, keep_ratio: float, num_prefix_tokens: int = 1, scorer: str = "auto"):
-        super().__init__()
-        _check_block("IdleBlock", block)
+        nn.Module.__init__(self)  # a subclass may be a layer of another library too, whose __init__ builds one anew
+        self.check(block)
         check_integer("IdleBlock", "num_prefix_tokens", num_prefix_tokens)
         if num_prefix_tokens < 0:
             raise value_error("IdleBlock", "num_prefix_tokens", "at least 0", num_prefix_tokens)
@@ -270,6 +271,15 @@ class IdleBlock(nn.Module):
             self.register_parameter(name, parameter)
         take_over(self, block)
         self._block = (block,)  # in a tuple, so that it is no sub-module
+
+    @staticmethod
+    def check(block: nn.Module) -> None:
+        """Raises TypeError, with the reason, if the block is not one that this class computes."""
+        _check_block("IdleBlock", block)
+
+    def parts(self) -> Any:
+        """The modules by the names of timm's block; what ``idle_block`` computes with."""
+        return self
 
     def forward(
         self,
@@ -292,7 +302,7 @@ class IdleBlock(nn.Module):
         return (
             bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
             or "forward" in self.__dict__
-            or layer_norm_parameters(self.norm1) is None
+            or layer_norm_parameters(self.parts().norm1) is None
         )
 
     def dense_block(self) -> nn.Module:

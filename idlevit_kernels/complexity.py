@@ -64,8 +64,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
     if not isinstance(model, nn.Module):
         raise type_error("count_macs", "model", "a torch.nn.Module", model)
     if input_size is None:
-        size = getattr(getattr(getattr(model, "model", model), "patch_embed", None), "img_size", None) or (224, 224)
-        input_size = (3, *size)
+        size = getattr(getattr(getattr(model, "model", model), "patch_embed", None), "img_size", None)
+        size = size or getattr(getattr(model, "config", None), "image_size", None) or 224  # a transformers model
+        input_size = (3, size, size) if isinstance(size, int) else (3, *size)
     if len(input_size) != 3 or any(not isinstance(s, int) or s < 1 for s in input_size):
         raise value_error("count_macs", "input_size", "(channels, height, width), positive integers", input_size)
     register_flop_formulas()

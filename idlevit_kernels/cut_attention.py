@@ -22,7 +22,7 @@ def check_cut(op: str, attn: Any, cut: str) -> None:
 
     if cut not in ROW_WEIGHTS:
         raise value_error(op, "cut", f"one of {list(ROW_WEIGHTS)}", cut)
-    if cut != "none" and type(attn).forward is not Attention.forward:
+    if cut != "none" and getattr(type(attn), "forward", None) is not Attention.forward:
         kind = type(attn).__name__
         raise TypeError(f"{op}: block.attn must be timm's Attention where cut is {cut!r}, got {kind}; use cut='none'")
 

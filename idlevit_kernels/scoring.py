@@ -144,10 +144,11 @@ def score_tokens(
         if norm is not None and scorer == "cls" and _has_all_biases(attn, qkv):
             u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)
             return ops.token_scores(x, u, *norm, backend=backend)
+        if norm is not None:
+            u = _direction(attn, block.norm1(x[:, 0]) if scorer == "cls" else block.norm1(x).mean(1))
+            return ops.token_scores(x, u, *norm, backend=backend)
         normed = block.norm1(x)
         u = _direction(attn, normed[:, 0] if scorer == "cls" else normed.mean(1))
-        if norm is not None:
-            return ops.token_scores(x, u, *norm, backend=backend)
         acc = accumulate_dtype(x.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
 

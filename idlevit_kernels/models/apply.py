@@ -20,11 +20,11 @@ from ..complexity import register_flop_formulas
 from ..errors import Words, type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
-from . import eva, swin, vit
+from . import eva, huggingface, swin, vit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = (vit, eva, swin)
+FAMILIES = (vit, eva, swin, huggingface)
 
 
 def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:
@@ -44,7 +44,7 @@ def apply_idle(
 
     Args:
         model: a timm model of a supported family (VisionTransformer, Eva, SwinTransformer, ...) or its
-            ``features_only`` form.
+            ``features_only`` form; a transformers ViT, DeiT or DINOv2, or a model that holds one.
         keep_ratio: r in (0, 1], 0.7 if nothing is given; the layers get ``idle_schedule(depth, r)``. The layers of a
             pyramid count through all its stages: its early, wide ones are the dense quarter.
         schedule: instead, one ratio for each layer, 1.0 for dense.

@@ -20,11 +20,11 @@ from ..complexity import register_flop_formulas
 from ..errors import Words, type_error, value_error
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
-from . import eva, huggingface, swin, vit
+from . import eva, huggingface, swin, twins, vit
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FAMILIES = (vit, eva, swin, huggingface)
+FAMILIES = (vit, eva, swin, twins, huggingface)
 
 
 def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:

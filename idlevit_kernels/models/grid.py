@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .. import dense, ops
 from ..block import IdleBlock, take_over
+from ..dense import plain_linear
 from ..errors import value_error
 from ..schedule import check_ratio
+from ..scoring import layer_norm_parameters
 
 
 class IdleGridBlock(IdleBlock):
@@ -45,3 +48,41 @@ def put_blocks(stages: Iterable[Any], blocks: Iterable[nn.Module]) -> None:
     for stage in stages:
         for i in range(len(stage)):
             stage[i] = next(remaining)
+
+
+# Below, B counts images or windows, indices [B, K] are those of the kept tokens, or None where all are kept.
+
+
+def linear(layer: Any, x: Tensor) -> Tensor:
+    return dense.linear(x, layer.weight, layer.bias) if plain_linear(layer) else layer(x)
+
+
+def gather(tokens: Tensor, indices: Tensor | None, backend: str) -> Tensor:
+    return tokens if indices is None else ops.gather_tokens(tokens, indices, backend=backend)
+
+
+def scatter_add(tokens: Tensor, indices: Tensor | None, kept: Tensor, branch: Tensor, backend: str) -> Tensor:
+    """``tokens`` with ``kept + branch`` at the indices: [B, T, C], [B, K, C], [B, K, C] -> [B, T, C]."""
+    if indices is None:
+        return kept + branch
+    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
+
+
+def drop(drop_path: nn.Module, branch: Tensor, images: int) -> Tensor:
+    """Stochastic depth leaves out whole images; the branch is [images or images * windows, K, C]."""
+    if not drop_path.training or type(drop_path) is nn.Identity:
+        return branch
+    return drop_path(branch.reshape(images, -1, branch.shape[2])).view_as(branch)
+
+
+def finish(tokens: Tensor, indices: Tensor | None, branch: Tensor, block: Any, images: int, backend: str) -> Tensor:
+    """What a pre-norm block does after attention: x + branch, then x + mlp(norm2(x)); branch [B, K, C] -> [B, T, C]."""
+    branch = drop(block.drop_path1, branch, images)
+    norm2 = layer_norm_parameters(block.norm2)
+    if indices is not None and norm2 is not None:
+        kept, y = ops.gather_add_norm(tokens, indices, branch, None, 1.0, *norm2, backend=backend)
+    else:
+        kept = gather(tokens, indices, backend) + branch
+        y = block.norm2(kept)
+    branch = drop(block.drop_path2, dense.mlp(block.mlp, y, backend), images)
+    return scatter_add(tokens, indices, kept, branch, backend)

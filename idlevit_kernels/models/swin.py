@@ -32,7 +32,7 @@ from ..dense import plain_linear
 from ..reference.layer_norm import accumulate_dtype
 from ..schedule import num_kept
 from ..scoring import layer_norm_parameters
-from .grid import IdleGridBlock, put_blocks
+from .grid import IdleGridBlock, drop, finish, gather, linear, put_blocks, scatter_add
 
 NAME = "timm SwinTransformer, SwinTransformerV2"
 
@@ -152,7 +152,7 @@ def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: s
     """V1: x + attn(norm1(x)), then x + mlp(norm2(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
     attn = block.attn
     tokens = windows.split(x)
-    norm1, norm2 = layer_norm_parameters(block.norm1), layer_norm_parameters(block.norm2)
+    norm1 = layer_norm_parameters(block.norm1)
     table = attn.relative_position_bias_table  # [offsets, H]
 
     # Padding is zero after the norm, which is not the norm of zero: then all tokens are normalised before the cut.
@@ -169,18 +169,10 @@ def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: s
             indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
             y = ops.gather_tokens(normed, indices, backend=backend)
 
-    query, key, value = _linear(attn.qkv, y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+    query, key, value = linear(attn.qkv, y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
     mask = _mask(attn, table, windows, indices, query)
     branch = _attend(attn, query, key, value, mask, attn.scale)  # [B * windows, K, C]
-    branch = _drop(block.drop_path1, branch, x)
-
-    if indices is not None and norm2 is not None:
-        kept, y = ops.gather_add_norm(tokens, indices, branch, None, 1.0, *norm2, backend=backend)
-    else:
-        kept = _gather(tokens, indices, backend) + branch
-        y = block.norm2(kept)
-    branch = _drop(block.drop_path2, dense.mlp(block.mlp, y, backend), x)
-    return _scatter_add(tokens, indices, kept, branch, backend)
+    return finish(tokens, indices, branch, block, x.shape[0], backend)
 
 
 def _mean_logits(attn: Any, windows: Windows, normed: Tensor) -> Tensor:
@@ -216,18 +208,18 @@ def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: 
         with torch.no_grad():
             scores = _scores(attn, table, windows, windows.region_means(query) @ key.transpose(1, 2))
         indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
-    kept, query, key = (_gather(t, indices, backend) for t in (tokens, query, key))
+    kept, query, key = (gather(t, indices, backend) for t in (tokens, query, key))
     if plain_linear(qkv):
         value = dense.linear(kept, qkv.weight[width:], None if bias is None else bias[width:])
     else:
-        value = _gather(projected[..., width:], indices, backend)
+        value = gather(projected[..., width:], indices, backend)
 
     query, key, value = (t.unflatten(2, (attn.num_heads, -1)) for t in (query, key, value))
     mask = _mask(attn, table, windows, indices, query)
     branch = block.norm1(_attend(attn, query, key, value, mask, 1.0))  # [B * windows, K, C]
-    kept = kept + _drop(block.drop_path1, branch, x)
-    branch = _drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x)
-    return _scatter_add(tokens, indices, kept, branch, backend)
+    kept = kept + drop(block.drop_path1, branch, x.shape[0])
+    branch = drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x.shape[0])
+    return scatter_add(tokens, indices, kept, branch, backend)
 
 
 def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tensor:
@@ -267,28 +259,7 @@ def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     dropout = attn.attn_drop.p if attn.training else 0.0
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    return attn.proj_drop(_linear(attn.proj, out.transpose(1, 2).flatten(2)))
-
-
-def _gather(tokens: Tensor, indices: Tensor | None, backend: str) -> Tensor:
-    return tokens if indices is None else ops.gather_tokens(tokens, indices, backend=backend)
-
-
-def _scatter_add(tokens: Tensor, indices: Tensor | None, kept: Tensor, branch: Tensor, backend: str) -> Tensor:
-    if indices is None:
-        return kept + branch
-    return ops.scatter_add_tokens(tokens, indices, kept, branch, None, 1.0, backend=backend)
-
-
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    return dense.linear(x, layer.weight, layer.bias) if plain_linear(layer) else layer(x)
-
-
-def _drop(drop_path: nn.Module, branch: Tensor, x: Tensor) -> Tensor:
-    """Stochastic depth leaves out whole images, [B, H, W, C]; the branch is [B * windows, K, C]."""
-    if not drop_path.training or type(drop_path) is nn.Identity:
-        return branch
-    return drop_path(branch.reshape(x.shape[0], -1, x.shape[3])).view_as(branch)
+    return attn.proj_drop(linear(attn.proj, out.transpose(1, 2).flatten(2)))
 
 
 def _stages(model: nn.Module) -> list[Any]:

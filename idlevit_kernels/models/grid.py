@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import dense, ops
 from ..block import IdleBlock, take_over
 from ..dense import plain_linear
-from ..errors import value_error
+from ..errors import Words, value_error
 from ..schedule import check_ratio
 from ..scoring import layer_norm_parameters
 
@@ -32,7 +32,7 @@ class IdleGridBlock(IdleBlock):
         nn.Module.__init__(self)  # the checks of IdleBlock are for blocks on a sequence of tokens
         op = type(self).__name__
         if num_prefix_tokens or scorer not in ("mean", "auto"):
-            got = f"{num_prefix_tokens} prefix tokens and scorer {scorer!r}"
+            got = Words(f"{num_prefix_tokens} prefix tokens and scorer {scorer!r}")
             raise value_error(op, "scorer", "'mean' or 'auto', and num_prefix_tokens 0: there is no class token", got)
         self.keep_ratio = check_ratio(op, keep_ratio)
         self.num_prefix_tokens, self.scorer = 0, "mean"

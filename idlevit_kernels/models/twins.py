@@ -47,7 +47,7 @@ class IdlePooledBlock(IdleGridBlock):
         """x [B, H * W, C] and (H, W) -> [B, H * W, C]."""
         attn: Any = self.attn
         attend = _own_keys if attn.sr is None else _pooled_keys
-        backend = resolve("auto")
+        backend = resolve("auto", "IdlePooledBlock")
         indices, branch = attend(x, size, self, num_kept(self.keep_ratio, x.shape[1]), backend)
         return finish(x, indices, branch, self, x.shape[0], backend)
 

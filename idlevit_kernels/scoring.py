@@ -5,8 +5,12 @@ so s_j = (1/H) u . LN(x_j) + constant with the direction u = W_k^T q_cls. Neithe
 of the tokens, so one vector an image scores all tokens, and keys are needed for the kept ones alone. Models without a
 class token use the column mean of the same logits, s_j = mean_i (1/H) q_i . k_j: the direction of the mean query.
 
+A rotary embedding turns each pair f of channels of every head by an angle a_jf of the token:
+q . R_j k_j = sum_f cos(a_jf) (q_f . k_jf) + sin(a_jf) (q_f turned back by 90 degrees . k_jf). Where all heads turn
+alike their sum can be taken first: two directions for each pair of channels of one head then score all tokens.
+
 That holds where a key is a linear function of the normalised token. Where it is not (a norm on queries and keys, a
-rotary embedding, a projection that is no plain Linear), the real queries and keys are computed.
+projection that is no plain Linear), or each head turns by angles of its own, the real queries and keys are computed.
 """
 
 from __future__ import annotations
@@ -118,6 +122,47 @@ def _key_scores(normed: Tensor, attn: Any, scorer: str, rope: Tensor | None) -> 
     return (query * key.to(acc)).sum((1, 3))
 
 
+def _rotary_scores(normed: Tensor, attn: Any, scorer: str, rope: Tensor) -> Tensor:
+    """H times ``_key_scores``, for linear keys and angles that all heads share: rope [N, D] or [B, 1, N, D]."""
+    (query_weight, query_bias), (key_weight, key_bias) = _query_key_parameters(attn)
+    head_dim = query_weight.shape[0] // attn.num_heads
+
+    def pairs(t: Tensor, dim: int) -> Tensor:  # [..., head_dim, ...] -> [..., F, 2, ...]
+        return t.unflatten(dim, (2, -1)).transpose(dim, dim + 1) if attn.rotate_half else t.unflatten(dim, (-1, 2))
+
+    def product(t: Tensor, weight: Tensor) -> Tensor:  # t [2, B, H, F, 2], weight [H, F, 2, C] -> [B, 2F, C]
+        # A batch of F products for each channel of the pairs: the weight is read where it lies.
+        (left, right), (first, second) = t.permute(4, 3, 0, 1, 2).flatten(2, 3).contiguous(), weight.permute(2, 1, 0, 3)
+        return torch.baddbmm(left @ first, right, second).unflatten(1, (2, -1)).permute(2, 1, 0, 3).flatten(1, 2)
+
+    angles = rope.flatten(0, -3) if rope.dim() > 2 else rope.unsqueeze(0)  # [1 or B, N, D]
+    sin, cos = (pairs(t, 2)[..., 0] for t in angles.chunk(2, -1))
+    P: int = attn.num_prefix_tokens
+    turns = torch.cat([F.pad(cos, (0, 0, P, 0), value=1.0), F.pad(sin, (0, 0, P, 0))], 2)  # [1 or B, T, 2F]
+
+    if scorer == "cls":
+        query = pairs(F.linear(normed[:, 0], query_weight, query_bias).unflatten(1, (-1, head_dim)), 2)  # [B, H, F, 2]
+    else:  # the mean of the rotated queries is linear in two means of the tokens for each pair
+        weight = pairs(query_weight.unflatten(0, (-1, head_dim)), 1)  # [H, F, 2, C]
+        means = (turns.to(normed.dtype).mT @ normed / normed.shape[1]).unflatten(1, (2, -1))  # [B, 2, F, C]
+        by_cos, by_sin = torch.stack([torch.einsum("bsfc,hfc->sbhf", means, weight[:, :, i]) for i in (0, 1)], -1)
+        if query_bias is not None:
+            bias = pairs(query_bias.unflatten(0, (-1, head_dim)), 1)  # [H, F, 2]
+            mean_cos, mean_sin = turns.mean(1).to(bias.dtype).unflatten(1, (2, 1, -1, 1)).unbind(1)
+            by_cos, by_sin = by_cos + bias * mean_cos, by_sin + bias * mean_sin
+        query = by_cos + torch.stack([-by_sin[..., 1], by_sin[..., 0]], -1)
+    if query_weight.shape[0] != key_weight.shape[0]:  # several heads of queries share one of keys
+        query = query.unflatten(1, (attn.num_kv_heads, -1)).sum(2)
+
+    queries = torch.stack([query, torch.stack([query[..., 1], -query[..., 0]], -1)])  # [2, B, H, F, 2]
+    directions = product(queries, pairs(key_weight.unflatten(0, (-1, head_dim)), 1))
+    acc = accumulate_dtype(normed.dtype)
+    parts = (normed @ directions.mT).to(acc)  # [B, T, 2F]
+    if key_bias is not None:
+        parts = parts + product(queries, pairs(key_bias.view(-1, head_dim, 1), 1)).mT
+    return (parts * turns.to(acc)).sum(2)
+
+
 def _rotate(t: Tensor, rope: Tensor, attn: Any) -> Tensor:
     """Queries or keys [B, H, T, head_dim] after the rotary embedding; a class token alone is not rotated."""
     from timm.layers import apply_rot_embed_cat
@@ -139,8 +184,10 @@ def score_tokens(
     attn = block.attn
     with torch.no_grad():
         qkv: Any = getattr(attn, "qkv", None)
-        if rope is not None or not _has_linear_keys(attn, qkv):
+        if not _has_linear_keys(attn, qkv) or (rope is not None and rope.dim() > 2 and rope.shape[-3] > 1):
             return _key_scores(block.norm1(x), attn, scorer, rope)
+        if rope is not None:
+            return _rotary_scores(block.norm1(x), attn, scorer, rope)
         if norm is not None and scorer == "cls" and _has_all_biases(attn, qkv):
             u = ops.cls_direction(x, *norm, qkv.weight, qkv.bias, backend=backend)
             return ops.token_scores(x, u, *norm, backend=backend)

@@ -134,13 +134,12 @@ class ModelBenchmark:
         ratios = [check_ratio("bench", ratio) for ratio in dict.fromkeys(keep_ratios)]
         if min(batches) < 1:
             raise value_error("bench", "batch", "at least 1", min(batches))
-        if dtype not in DTYPES:
-            raise value_error("bench", "dtype", f"one of {', '.join(DTYPES)}", dtype)
-        self.device = _device(device)
+        torch_dtype = find_dtype("bench", dtype)
+        self.device = find_device("bench", device)
         self.batches = list(dict.fromkeys(batches))
         self.compiled = compiled
         self.dense, self.input_size = create_model("bench", model, image_size)
-        self.dense.eval().requires_grad_(False).to(self.device, DTYPES[dtype])
+        self.dense.eval().requires_grad_(False).to(self.device, torch_dtype)
         self.idle = {ratio: apply_idle(sharing_weights(self.dense), ratio) for ratio in ratios}
         self.models: dict[Variant, nn.Module] = {DENSE: self.dense}
         self.models |= {Variant("IdleViT", ratio): idle for ratio, idle in self.idle.items()}
@@ -315,7 +314,20 @@ def sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t for t in tensors})
 
 
-def _device(name: str | None) -> torch.device:
+def set_threads(op: str, threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise value_error(op, "threads", "at least 1", threads)
+        torch.set_num_threads(threads)
+
+
+def find_dtype(op: str, name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise value_error(op, "dtype", f"one of {', '.join(DTYPES)}", name)
+    return DTYPES[name]
+
+
+def find_device(op: str, name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -323,10 +335,10 @@ def _device(name: str | None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise value_error("bench", "device", "cpu, cuda or cuda:<index>", name)
+        raise value_error(op, "device", "cpu, cuda or cuda:<index>", name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise value_error("bench", "device", f"one that there is (PyTorch finds {count} CUDA GPUs here)", name)
+        raise value_error(op, "device", f"one that there is (PyTorch finds {count} CUDA GPUs here)", name)
     return device
 
 

@@ -131,9 +131,7 @@ def bench(
     ] = None,
 ) -> None:
     """Times dense timm and IdleViT in alternation, with random weights: images per second, and what limits them."""
-    import torch
-
-    from .benchmark import ModelBenchmark
+    from .benchmark import ModelBenchmark, set_threads
     from .errors import value_error
     from .info import device_name, environment
 
@@ -141,11 +139,8 @@ def bench(
         with _bad_input():
             if not seconds > 0:
                 raise value_error("bench", "seconds", "more than 0", seconds)
-            if threads is not None:
-                if threads < 1:
-                    raise value_error("bench", "threads", "at least 1", threads)
-                torch.set_num_threads(threads)
-            temporary = json_file and stack.enter_context(_temporary_beside(json_file))
+            set_threads("bench", threads)
+            temporary = json_file and stack.enter_context(_temporary_beside(json_file, "bench", "json"))
             benchmark = ModelBenchmark(model, keep_ratio, batch, image_size, dtype, device, compiled, peers)
             facts = {
                 "command": shlex.join(["idlevit", *sys.argv[1:]]),
@@ -169,15 +164,17 @@ def bench(
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
+def _temporary_beside(path: Path, command: str, option: str) -> Iterator[Path]:
     """An empty file to write and then move to ``path``; made now, so that a bad path shows before the work."""
     if path.is_dir():
-        raise IsADirectoryError(f"bench: --json must be a file, got the directory {path}")
+        raise IsADirectoryError(f"{command}: --{option} must be a file, got the directory {path}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch(exist_ok=False)
     except OSError as error:
-        raise type(error)(f"bench: --json must be a file that can be written, got {path}: {error.strerror}") from None
+        raise type(error)(
+            f"{command}: --{option} must be a file that can be written, got {path}: {error.strerror}"
+        ) from None
     try:
         yield temporary
     finally:
@@ -273,6 +270,78 @@ KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no sc
 SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
 WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
 PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+
+
+@app.command()
+def tune(
+    target_ms: Annotated[float | None, typer.Option(help="Milliseconds that a batch may take.")] = None,
+    target_speedup: Annotated[float | None, typer.Option(help="Over the dense timm model in eager mode.")] = None,
+    target_macs: Annotated[float | None, typer.Option(help="Billions of multiply-accumulates of an image.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the schedule here, as JSON.")
+    ] = None,
+    model: Annotated[str, MODEL] = "deit_small_patch16_224",
+    batch: Annotated[int, typer.Option(help="Images in a batch: a schedule is for one size.")] = 8,
+    image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:INDEX; by default the best there is.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes.")] = None,
+    seconds: Annotated[float, typer.Option(help="Time to measure for, about.")] = 60.0,
+) -> None:
+    """Finds the schedule with the most kept tokens that meets a target on this device, and measures it."""
+    import torch
+
+    from .benchmark import create_model, find_device, find_dtype, set_threads
+    from .errors import value_error
+    from .info import device_name, environment
+    from .tune import Target, tune_schedule
+
+    given = {"ms": target_ms, "speedup": target_speedup, "macs": target_macs}
+    targets = [Target(kind, value) for kind, value in given.items() if value is not None]
+    console = Console(highlight=False)
+    with contextlib.ExitStack() as stack:
+        with _bad_input():
+            if len(targets) != 1:
+                expected = "exactly one of --target-ms, --target-speedup and --target-macs"
+                raise value_error("tune", "target", expected, [f"--target-{target.kind}" for target in targets])
+            set_threads("tune", threads)
+            temporary = output and stack.enter_context(_temporary_beside(output, "tune", "output"))
+            torch_device, torch_dtype = find_device("tune", device), find_dtype("tune", dtype)
+            dense, size = create_model("tune", model, image_size)
+            dense.eval().requires_grad_(False).to(torch_device, torch_dtype)
+            with _progress() as on_progress:
+                target = targets[0]
+                scale = 1e9 if target.kind == "macs" else 1.0
+                goal = Target(target.kind, target.value * scale)
+                tuned = tune_schedule(dense, goal, batch, size, seconds=seconds, on_progress=on_progress)
+        facts = {
+            "command": shlex.join(["idlevit", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "model": model,
+            "input_size": size,
+            "batch": batch,
+            "dtype": dtype,
+            "device": str(torch_device),
+            "device_name": device_name(torch_device),
+            "environment": environment(),
+        }
+        units = {"ms": "ms a batch", "speedup": "times as fast as dense", "macs": "GMACs"}[target.kind]
+        what = "multiply-accumulates" if target.kind == "macs" else "time"
+        console.print(
+            f"{model}, batch {batch}, {dtype}, {device_name(torch_device)}, {torch.get_num_threads()} CPU threads\n"
+            f"target {target.value:g} {units}; reached {tuned.reached / scale:.4g}, measured afresh on the whole model"
+            f" ({tuned.deviation:+.1%} of the {what} that the target allows)"
+        )
+        console.print(f"kept of {tuned.num_image_tokens} tokens, by layer: {' '.join(map(str, tuned.num_keep))}")
+        console.print(
+            f"dense {tuned.dense.median * 1e3:.1f} ms, idle {tuned.idle.median * 1e3:.1f} ms"
+            f" ({tuned.idle.p20 * 1e3:.1f}-{tuned.idle.p80 * 1e3:.1f}), speed-up"
+            f" {tuned.dense.median / tuned.idle.median:.2f}x; {tuned.macs / 1e9:.3f} GMACs"
+        )
+        if output and temporary:
+            temporary.write_text(json.dumps({**facts, **dataclasses.asdict(tuned)}, indent=2) + "\n")
+            os.replace(temporary, output)
+            console.print(f"written: {output}")
 
 
 def _dense_and_idle(

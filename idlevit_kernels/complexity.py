@@ -47,6 +47,15 @@ class MacReport:
     per_layer: dict[str, int]
 
 
+def default_input_size(model: nn.Module) -> tuple[int, ...]:
+    """(channels, height, width) that the model's patch embedding was built for; (3, 224, 224) where it does not say."""
+    embed = getattr(getattr(model, "model", model), "patch_embed", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
+    size = getattr(embed, "img_size", None)
+    size = size or getattr(getattr(model, "config", None), "image_size", None) or 224  # a transformers model
+    return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+
 def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> MacReport:
     """Counts convolutions, linear layers and the two products of attention of one forward pass, and nothing else.
 
@@ -64,9 +73,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
     if not isinstance(model, nn.Module):
         raise type_error("count_macs", "model", "a torch.nn.Module", model)
     if input_size is None:
-        size = getattr(getattr(getattr(model, "model", model), "patch_embed", None), "img_size", None)
-        size = size or getattr(getattr(model, "config", None), "image_size", None) or 224  # a transformers model
-        input_size = (3, size, size) if isinstance(size, int) else (3, *size)
+        input_size = default_input_size(model)
     if len(input_size) != 3 or any(not isinstance(s, int) or s < 1 for s in input_size):
         raise value_error("count_macs", "input_size", "(channels, height, width), positive integers", input_size)
     register_flop_formulas()

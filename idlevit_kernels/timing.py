@@ -8,12 +8,16 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 # A sample lasts at least this long, by repeating the call; it keeps a GPU's queue filled and hides the clock's cost.
 MIN_SAMPLE_SECONDS = 5e-3
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +40,18 @@ class Timing:
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during ``alternate``; ``timings`` holds what every call has at least one sample of, else it is empty."""
 
-    def __init__(self, timings: dict[str, Timing]):
+    def __init__(self, timings: dict[Any, Timing]):
         super().__init__()
         self.timings = timings
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     seconds: float,
     min_rounds: int = 5,
     device: torch.device | str = "cpu",
     on_progress: Callable[[float], None] = lambda fraction: None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Times every call once a round, in a new order each round, after one round of warm-up.
 
     Args:
@@ -63,7 +67,7 @@ def alternate(
     on_cpu = torch.device(device).type == "cpu"
     synchronize = (lambda: None) if on_cpu else functools.partial(torch.accelerator.synchronize, device)
     order, shuffle = list(calls), random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
     begin = time.perf_counter()
     least = len(calls) * (1 + min_rounds)
@@ -72,7 +76,7 @@ def alternate(
     def elapsed() -> float:
         return time.perf_counter() - begin
 
-    def timed(name: str) -> float:
+    def timed(name: Name) -> float:
         nonlocal done
         synchronize()
         start = time.perf_counter()
@@ -102,5 +106,5 @@ def alternate(
     return _summary(samples)
 
 
-def _summary(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+def _summary(samples: Mapping[Name, Sequence[float]]) -> dict[Name, Timing]:
     return {name: Timing.of(values) for name, values in samples.items()}

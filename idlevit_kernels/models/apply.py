@@ -18,6 +18,8 @@ from torch import nn
 from ..block import IdleBlock
 from ..complexity import register_flop_formulas
 from ..errors import Words, type_error, value_error
+from ..functional import check_integer
+from ..latency import block_inputs, slower_than_dense
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..scoring import check_scorer
 from . import eva, huggingface, swin, twins, vit
@@ -35,7 +37,12 @@ def idle_blocks(model: nn.Module) -> dict[str, IdleBlock]:
 
 
 def apply_idle(
-    model: Model, keep_ratio: float | None = None, schedule: Sequence[float] | None = None, scorer: str = "auto"
+    model: Model,
+    keep_ratio: float | None = None,
+    schedule: Sequence[float] | None = None,
+    scorer: str = "auto",
+    adaptive: bool = False,
+    batch: int = 1,
 ) -> Model:
     """Makes a dense model an IdleViT: swaps its blocks for idle ones, in place, and returns it.
 
@@ -49,6 +56,12 @@ def apply_idle(
             pyramid count through all its stages: its early, wide ones are the dense quarter.
         schedule: instead, one ratio for each layer, 1.0 for dense.
         scorer: "cls", "mean" or "auto": the class token where the model has one, else the column mean.
+        adaptive: leave dense the layers in which idling does not pay on the model's device, in its dtype, at ``batch``.
+            Idling saves arithmetic and costs a few calls: a small batch on a large GPU can be faster dense. Each kind
+            of layer is timed, idle and dense, at inference on images of the model's own size; it takes a second or two.
+            The result differs from machine to machine, and from run to run where it hardly matters: to fix it, take
+            the ratios (``[b.keep_ratio for b in model.blocks]``), or a schedule of ``idlevit tune``.
+        batch: images in a batch, for ``adaptive``.
 
     Raises:
         TypeError: the model is of no supported family, or has blocks that cannot idle; the message gives the reason.
@@ -57,6 +70,9 @@ def apply_idle(
     """
     family, found = find_family("apply_idle", model)
     blocks = family.blocks(found)
+    check_integer("apply_idle", "batch", batch)
+    if batch < 1:
+        raise value_error("apply_idle", "batch", "at least 1", batch)
     if any(isinstance(block, IdleBlock) for block in blocks):
         got = Words(f"a model with {len(idle_blocks(model))} idle blocks")
         raise value_error("apply_idle", "model", "dense; call remove_idle first", got)
@@ -69,6 +85,10 @@ def apply_idle(
     prefix = family.num_prefix_tokens(found)
     scorer = check_scorer("apply_idle", family.default_scorer(found) if scorer == "auto" else scorer, prefix)
     idle = [family.IDLE_BLOCK(block, ratio, prefix, scorer) for block, ratio in zip(blocks, ratios, strict=True)]
+    if adaptive:
+        dense = [family.IDLE_BLOCK(block, 1.0, prefix, scorer) for block in blocks]
+        slower = slower_than_dense(idle, blocks, block_inputs(model, blocks, batch))
+        idle = [d if slow else i for i, d, slow in zip(idle, dense, slower, strict=True)]
     register_flop_formulas()  # before the user makes a counter
     family.set_blocks(found, idle)
     return model

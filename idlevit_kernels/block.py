@@ -190,7 +190,7 @@ def _idle(
     if cut not in (None, "none"):
         scores = score_tokens(x, block, layer_norm_parameters(block.norm1), scorer, backend, rope)  # [B, T]
         indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)  # [B, n]
-        branch, token_cut = cut_attention(block.attn, block.norm1(x), indices, num_prefix_tokens, cut, backend)
+        branch, token_cut = cut_attention(block.attn, block.norm1(x), indices, num_prefix_tokens, cut, backend, rope)
     else:
         # [B, n], [B, n, C]
         indices, y = select_tokens(x, block, num_keep, num_prefix_tokens, scorer, backend, rope)

@@ -114,7 +114,7 @@ def _key_scores(normed: Tensor, attn: Any, scorer: str, rope: Tensor | None) -> 
     query, key = (t.unflatten(2, (-1, head_dim)).transpose(1, 2) for t in (query, key))  # [B, H, T, head_dim]
     query, key = attn.q_norm(query), attn.k_norm(key)
     if rope is not None:
-        query, key = _rotate(query, rope, attn), _rotate(key, rope, attn)
+        query, key = rotate(query, rope, attn), rotate(key, rope, attn)
     acc = accumulate_dtype(normed.dtype)
     query = query.to(acc).mean(2, keepdim=True)
     if query.shape[1] != key.shape[1]:  # several heads of queries share one of keys
@@ -163,7 +163,7 @@ def _rotary_scores(normed: Tensor, attn: Any, scorer: str, rope: Tensor) -> Tens
     return (parts * turns.to(acc)).sum(2)
 
 
-def _rotate(t: Tensor, rope: Tensor, attn: Any) -> Tensor:
+def rotate(t: Tensor, rope: Tensor, attn: Any) -> Tensor:
     """Queries or keys [B, H, T, head_dim] after the rotary embedding; a class token alone is not rotated."""
     from timm.layers import apply_rot_embed_cat
 

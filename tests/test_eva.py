@@ -51,7 +51,10 @@ def ropes(model: nn.Module, rope: Tensor | None) -> list[Tensor | None]:
     return list(rope) if model.rope_mixed and rope is not None else [rope] * len(model.blocks)
 
 
-def masked_block(x: Tensor, block: nn.Module, rope: Tensor | None, num_keep: int, P: int, scorer: str) -> Tensor:
+def masked_block(
+    x: Tensor, block: nn.Module, rope: Tensor | None, num_keep: int, P: int, scorer: str
+) -> tuple[Tensor, Tensor]:
+    """The block's output and its token cut loss."""
     attn, normed = block.attn, block.norm1(x)
     if attn.qkv is None:
         q, k, v = attn.q_proj(normed), attn.k_proj(normed), attn.v_proj(normed)
@@ -76,17 +79,25 @@ def masked_block(x: Tensor, block: nn.Module, rope: Tensor | None, num_keep: int
     branch = attn.proj(branch if attn.gate is None else branch * attn.gate(normed).sigmoid())
     gamma_1, gamma_2 = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
     x = x + mask[..., None] * block.drop_path1(gamma_1 * branch)
-    return x + mask[..., None] * block.drop_path2(gamma_2 * block.mlp(block.norm2(x)))
+    out = x + mask[..., None] * block.drop_path2(gamma_2 * block.mlp(block.norm2(x)))
+    weights = (attn.scale * logits.mean(1)).softmax(-1)  # [B, T, T]
+    to_kept, to_prefix = (weights * mask[:, None]).sum(2), weights[..., :P].sum(2)
+    intra = mask * (1 - to_kept)
+    return out, ((intra + (1 - mask) * (to_kept - to_prefix)).square() + intra.square()).mean()
 
 
-def masked_form(model: nn.Module, image: Tensor, schedule: list[float]) -> Tensor:
+def masked_form(model: nn.Module, image: Tensor, schedule: list[float]) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and the token cut loss of each idle layer."""
     x, rope = model._pos_embed(model.patch_embed(image))
     x, P = model.norm_pre(x), model.num_prefix_tokens
-    scorer = "mean" if model.cls_token is None else "cls"
+    scorer, cuts = "mean" if model.cls_token is None else "cls", []
     for block, ratio, own in zip(model.blocks, schedule, ropes(model, rope), strict=True):
-        num_keep = max(1, int(ratio * (x.shape[1] - P)))
-        x = block(x, rope=own) if ratio == 1 else masked_block(x, block, own, num_keep, P, scorer)
-    return model.forward_head(model.norm(x))
+        if ratio == 1:
+            x = block(x, rope=own)
+        else:
+            x, cut = masked_block(x, block, own, max(1, int(ratio * (x.shape[1] - P))), P, scorer)
+            cuts.append(cut)
+    return model.forward_head(model.norm(x)), cuts
 
 
 @pytest.mark.parametrize("ratio", [0.7, 0.3])
@@ -98,7 +109,7 @@ def test_equals_the_masked_form(name: str, ratio: float) -> None:
     wanted, wanted_grads = {}, {}
     for training in (False, True):
         torch.manual_seed(1)  # of stochastic depth
-        wanted[training] = masked_form(model.train(training), image, schedule)
+        wanted[training], _ = masked_form(model.train(training), image, schedule)
         wanted_grads[training] = gradients(model, wanted[training])
     ik.apply_idle(model, keep_ratio=ratio)
     for backend in ("cpu", "reference"):
@@ -114,6 +125,26 @@ def test_equals_the_masked_form(name: str, ratio: float) -> None:
                         assert_equal(grads[key], grad, f"gradient of {key}")
     with torch.no_grad():
         assert_equal(model.eval()(image), wanted[False], "logits without gradients")
+
+
+@each_model
+def test_training_form(name: str) -> None:
+    """Logits, token cut losses and the gradient of both."""
+    model = make(name).double()
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    logits, cuts = masked_form(model, image, ik.idle_schedule(4, 0.5))
+    wanted = torch.cat([logits.flatten(), torch.stack(cuts)])
+    wanted_grads = gradients(model, wanted)
+    wrapped = ik.IdleViTForTraining(ik.apply_idle(model, keep_ratio=0.5))
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        out = wrapped(image)
+        assert_equal(torch.cat([out.logits.flatten(), out.token_cut]), wanted, "logits and cuts")
+        found = gradients(model, torch.cat([out.logits.flatten(), out.token_cut]))
+        for key, grad in wanted_grads.items():
+            if grad is not None:
+                assert_equal(found[key], grad, f"gradient of {key}")
+    assert out.features.shape == (2, model.num_features)
 
 
 @each_model

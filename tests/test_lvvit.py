@@ -165,6 +165,20 @@ def test_training_returns_the_same_logits() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_features_for_distillation_are_all_tokens_and_the_loss_takes_those_last_kept() -> None:
+    image, targets = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
+    teacher = ik.IdleViTForTraining(noisy(timm.create_model("lvvit_small_patch16_224", **TINY)))
+    student = noisy(timm.create_model("lvvit_small_patch16_224", **TINY))
+    out = ik.IdleViTForTraining(ik.apply_idle(student, keep_ratio=0.5))(image)
+    with torch.no_grad():
+        wanted = teacher(image)
+        kept = [F.normalize(ik.gather_tokens(f, out.indices[-1]), dim=-1) for f in (out.features, wanted.features)]
+    assert out.features.shape == (2, 17, 48) and out.indices[-1].shape == (2, 3)
+    torch.testing.assert_close(out.logits, student(image))
+    _, parts = ik.IdleViTLoss(nn.CrossEntropyLoss())(out, targets, wanted)
+    torch.testing.assert_close(parts["features"], F.mse_loss(*kept))
+
+
 @torch.no_grad()
 def test_classifier() -> None:
     model = timm.create_model("lvvit_small_patch16_224", **TINY)

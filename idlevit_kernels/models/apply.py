@@ -3,8 +3,9 @@
 Such a module has a NAME; IDLE_BLOCK, the class of its idle blocks (an IdleBlock); ``find``, what holds the blocks in a
 model, or None; ``blocks``, all of them in the order they run, whatever stages they lie in; ``set_blocks``;
 ``num_prefix_tokens``; ``default_scorer``; ``reasons``, why the model cannot idle. A family whose image tokens stay one
-sequence from the first block to the last can be trained if it has ``embed``, images to the tokens of the first block,
-and ``head``, tokens of the last block to logits and features (those of ``IdleViTOutput``).
+sequence from the first block to the last can be trained if it has ``embed``, images to the tokens of the first block
+and the keyword arguments of each block, and ``head``, tokens of the last block to logits and features (those of
+``IdleViTOutput``).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..block import IdleBlock, take_over, unfit
 
@@ -35,6 +35,19 @@ def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
 
 def num_prefix_tokens(model: Any) -> int:
     return model.num_prefix_tokens
+
+
+def embed(model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
+    x, rope = model._pos_embed(model.patch_embed(images))
+    ropes = rope if getattr(model, "rope_mixed", False) and rope is not None else [rope] * len(model.blocks)
+    return model.norm_pre(x), [{"rope": rope} for rope in ropes]
+
+
+def head(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
+    features = model.forward_head(model.norm(x), pre_logits=True)
+    return model.head(features), features
 
 
 def default_scorer(model: Any) -> str:

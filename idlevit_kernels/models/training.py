@@ -53,15 +53,15 @@ class IdleViTForTraining(nn.Module):
         def run(block: nn.Module, x: Tensor, **kwargs: Any) -> Any:
             return checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
 
-        x = self._embed(model, images)
+        x, arguments = self._embed(model, images)
         token_cut, indices = [], []
-        for block in self._blocks(model):
+        for block, kwargs in zip(self._blocks(model), arguments, strict=True):
             if isinstance(block, IdleBlock) and block.keep_ratio < 1:
-                x, cut, kept = run(block, x, cut=self.cut)
+                x, cut, kept = run(block, x, cut=self.cut, **kwargs)
                 token_cut.append(cut)
                 indices.append(kept)
             else:
-                x = run(block, x)
+                x = run(block, x, **kwargs)
         logits, features = self._head(model, x)
         cuts = torch.stack(token_cut) if token_cut else x.new_zeros(0, dtype=accumulate_dtype(x.dtype))
         return IdleViTOutput(logits, features, cuts, tuple(indices))

@@ -38,9 +38,9 @@ def num_prefix_tokens(model: Any) -> int:
     return model.num_prefix_tokens
 
 
-def embed(model: Any, images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C]."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+def embed(model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), [{} for _ in model.blocks]
 
 
 def head(model: Any, x: Tensor) -> tuple[Any, Tensor]:

@@ -5,6 +5,8 @@ oneDNN's linear instead of the BLAS that ``nn.Linear`` calls: it was a fifth fas
 measured on, and applies GELU while a tile of the result is in cache. On Intel's processors MKL is the faster by some
 5 to 10% (a third for a few numbers of tokens), so there only the linear with GELU is oneDNN's. Same formula and
 weights, no packed copies to go stale.
+
+In training, timm's plain MLP computes GELU again in the backward instead of holding its result.
 """
 
 from __future__ import annotations
@@ -137,21 +139,56 @@ def _rotated(q: Tensor, k: Tensor, rope: Tensor, attn: Any) -> list[Tensor]:
     return [torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn).flatten(-2) for t in (q, k)]
 
 
+class _GeluLinear(torch.autograd.Function):
+    """``F.linear(F.gelu(x), weight, bias)`` that keeps x alone for the backward, where it computes GELU again.
+
+    The hidden layer of an MLP is four times as wide as its input: half of what training a block holds.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        return F.linear(F.gelu(x, approximate=approximate), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.approximate = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x, approximate=ctx.approximate) if of_x else None
+        grad_weight = rows.mT @ F.gelu(x, approximate=ctx.approximate).flatten(0, -2) if of_weight else None
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None, None
+
+
+def _use_gelu_linear(backend: str) -> bool:
+    # A compiler decides by itself what to compute again.
+    return torch.is_grad_enabled() and backend != "reference" and not torch.compiler.is_compiling()
+
+
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     """``module(x)``: x [B, n, C] -> [B, n, C]."""
-    if not _use_onednn(x, backend):
-        return module(x)
-    gated = plain(module, "timm.layers.mlp", "GluMlp")
-    if not (gated or plain(module, "timm.layers.mlp", "Mlp")):
+    onednn, gelu_linear = _use_onednn(x, backend), _use_gelu_linear(backend)
+    gated = onednn and plain(module, "timm.layers.mlp", "GluMlp")
+    if not (gated or ((onednn or gelu_linear) and plain(module, "timm.layers.mlp", "Mlp"))):
         return module(x)
     fc1, fc2, act = module.fc1, module.fc2, module.act
     if not (plain_linear(fc1) and plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
         return module(x)
-    if gated:
-        first, second = _linear(x, fc1.weight, fc1.bias).chunk(2, -1)
-        hidden = first * act(second) if module.gate_last else act(first) * second
-    elif plain(act, "torch.nn.modules.activation", "GELU"):
-        hidden = _linear(x, fc1.weight, fc1.bias, act.approximate)
-    else:
-        hidden = act(_linear(x, fc1.weight, fc1.bias))
-    return _linear(module.norm(hidden), fc2.weight, fc2.bias)
+    gelu = act.approximate if plain(act, "torch.nn.modules.activation", "GELU") else None
+    if onednn:
+        hidden = _linear(x, fc1.weight, fc1.bias, None if gated else gelu)
+        if gated:
+            first, second = hidden.chunk(2, -1)
+            hidden = first * act(second) if module.gate_last else act(first) * second
+        elif gelu is None:
+            hidden = act(hidden)
+        return _linear(module.norm(hidden), fc2.weight, fc2.bias)
+    if gelu is None or type(module.norm) is not nn.Identity:
+        return module(x)
+    hidden = fc1(x)
+    weight, bias = fc2.weight.to(hidden.dtype), None if fc2.bias is None else fc2.bias.to(hidden.dtype)
+    return _GeluLinear.apply(hidden, weight, bias, gelu)

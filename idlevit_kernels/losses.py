@@ -72,9 +72,7 @@ class IdleViTLoss(nn.Module):
     ):
         super().__init__()
         if not callable(base_criterion):
-            raise type_error(
-                "IdleViTLoss", "base_criterion", "a module or function of (logits, targets)", base_criterion
-            )
+            raise type_error("IdleViTLoss", "base_criterion", "a module or function", base_criterion)
         weights = {"cut_weight": cut_weight, "distill_weight": distill_weight, "feature_weight": feature_weight}
         for name, weight in weights.items():
             check_number("IdleViTLoss", name, weight)

@@ -301,24 +301,33 @@ def _scatter_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, grad_tokens
 
 
-def _branch_backward(grad: Tensor, branch: Tensor, gamma: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+def _save_branch(ctx: Any, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
+    """What the backward needs of the branch: its type, and itself only where gamma has a gradient."""
+    ctx.branch_dtype = branch.dtype
+    return None if gamma is None else branch
+
+
+def _branch_backward(
+    ctx: Any, grad: Tensor, branch: Tensor | None, gamma: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of branch and gamma, where ``tokens + scale * gamma * branch`` has the gradient ``grad``."""
-    factor = scale if gamma is None else scale * gamma
-    grad_gamma = None if gamma is None else (scale * grad * branch).sum((0, 1), dtype=accumulate_dtype(grad.dtype))
-    return (grad * factor).to(branch.dtype), _cast(grad_gamma, gamma)
+    if branch is None or gamma is None:
+        return (grad if ctx.scale == 1 else grad * ctx.scale).to(ctx.branch_dtype), None
+    grad_gamma = (ctx.scale * grad * branch).sum((0, 1), dtype=accumulate_dtype(grad.dtype))
+    return (grad * (ctx.scale * gamma)).to(ctx.branch_dtype), _cast(grad_gamma, gamma)
 
 
 def _scatter_add_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, indices, tokens, branch, gamma, ctx.scale = inputs
     ctx.dtype = tokens.dtype
-    ctx.save_for_backward(indices, branch, gamma)
+    ctx.save_for_backward(indices, _save_branch(ctx, branch, gamma), gamma)
 
 
 def _scatter_add_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     indices, branch, gamma = ctx.saved_tensors
     grad_x = _clear_rows(grad, indices, ctx.backend) if ctx.needs_input_grad[0] else None
     grad_tokens = gather_tokens(grad, indices, backend=ctx.backend)
-    grad_branch, grad_gamma = _branch_backward(grad_tokens, branch, gamma, ctx.scale)
+    grad_branch, grad_gamma = _branch_backward(ctx, grad_tokens, branch, gamma)
     return grad_x, None, grad_tokens.to(ctx.dtype), grad_branch, grad_gamma, None
 
 
@@ -338,7 +347,7 @@ def _select_gather_norm_backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Any, .
 def _gather_add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, indices, branch, gamma, ctx.scale, weight, bias, ctx.eps = inputs
     ctx.num_tokens = x.shape[1]
-    ctx.save_for_backward(indices, branch, gamma, weight, bias, output[0])
+    ctx.save_for_backward(indices, _save_branch(ctx, branch, gamma), gamma, weight, bias, output[0])
 
 
 def _gather_add_norm_backward(ctx: Any, grad_tokens: Tensor, grad_normed: Tensor) -> tuple[Any, ...]:
@@ -346,7 +355,7 @@ def _gather_add_norm_backward(ctx: Any, grad_tokens: Tensor, grad_normed: Tensor
     grad, grad_weight, grad_bias = _layer_norm_backward(grad_normed, tokens, weight, ctx.eps)
     grad = grad_tokens + grad.to(grad_tokens.dtype)
     grad_x = expand_tokens(grad, indices, ctx.num_tokens, backend=ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_branch, grad_gamma = _branch_backward(grad, branch, gamma, ctx.scale)
+    grad_branch, grad_gamma = _branch_backward(ctx, grad, branch, gamma)
     return (
         grad_x, None, grad_branch, grad_gamma, None, _cast(grad_weight, weight), _cast(grad_bias, bias), None,
     )  # fmt: skip

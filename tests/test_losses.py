@@ -78,3 +78,81 @@ def test_total_and_all_gradients_equal_the_masked_form(name: str, kind: str) -> 
         assert (grad is None) == (found_grads[key] is None), key
         if grad is not None:
             assert_equal(found_grads[key], grad, f"gradient of {key}")
+
+
+def output(**kwargs: Any) -> ik.IdleViTOutput:
+    default = {
+        "logits": torch.randn(2, 7),
+        "features": torch.randn(2, 8),
+        "token_cut": torch.rand(3),
+        "indices": (torch.zeros(2, 4, dtype=torch.int64),),
+    }
+    return ik.IdleViTOutput(**(default | kwargs))
+
+
+def test_weights_of_zero_leave_their_terms_out() -> None:
+    targets, out = torch.tensor([1, 2]), output()
+    base = nn.CrossEntropyLoss(label_smoothing=0.1)
+    total, parts = ik.IdleViTLoss(base, cut_weight=0, distill_weight=0)(out, targets)
+    assert torch.equal(total, base(out.logits, targets)) and list(parts) == ["classification"]
+    total, parts = ik.IdleViTLoss(base, cut_weight=3, distill_weight=0)(out, targets)
+    assert torch.equal(total, base(out.logits, targets) + 3 * out.token_cut.mean())
+    _, parts = ik.IdleViTLoss(base, feature_weight=0)(out, targets, output())
+    assert list(parts) == ["classification", "token_cut", "logits"]
+    _, parts = ik.IdleViTLoss(base)(out, targets, output())
+    assert list(parts) == ["classification", "token_cut", "logits", "features"]
+
+
+def test_no_state() -> None:
+    criterion = ik.IdleViTLoss(nn.CrossEntropyLoss())
+    before = dict(vars(criterion))
+    criterion(output(), torch.tensor([1, 2]), output())
+    assert vars(criterion) == before and not criterion.state_dict()
+
+
+def test_half_types_are_compared_in_float32() -> None:
+    """Logits of a thousand classes: a KL divergence in bfloat16 would have two digits."""
+    student, teacher = (output(logits=torch.randn(2, 1000).bfloat16()) for _ in range(2))
+    criterion = ik.IdleViTLoss(nn.CrossEntropyLoss(), cut_weight=0)
+    _, parts = criterion(student, torch.tensor([1, 2]), teacher)
+    p, q = student.logits.double().softmax(-1), teacher.logits.double().softmax(-1)
+    torch.testing.assert_close(parts["logits"].double(), (q * (q / p).log()).sum(-1).mean(), rtol=1e-5, atol=0)
+
+
+def test_the_loss_does_not_wait_for_the_device() -> None:
+    """Its values are never read: on a device that has none, it runs."""
+    move = {"device": "meta"}
+    out = output(logits=torch.randn(2, 7, **move), features=torch.randn(2, 8, **move), token_cut=torch.rand(3, **move))
+    total, parts = ik.IdleViTLoss(nn.CrossEntropyLoss())(out, torch.zeros(2, dtype=torch.int64, **move), out)
+    assert total.is_meta and all(part.is_meta for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"base_criterion": None}, "IdleViTLoss: base_criterion must be a module or function, got NoneType"),
+        ({"cut_weight": "20"}, "IdleViTLoss: cut_weight must be a number, got str '20'"),
+        ({"cut_weight": -1.0}, "IdleViTLoss: cut_weight must be a finite number >= 0, got -1.0"),
+        ({"distill_weight": float("nan")}, "IdleViTLoss: distill_weight must be a finite number >= 0, got nan"),
+        ({"feature_weight": float("inf")}, "IdleViTLoss: feature_weight must be a finite number >= 0, got inf"),
+    ],
+)
+def test_bad_weights(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ik.IdleViTLoss(**({"base_criterion": nn.CrossEntropyLoss()} | kwargs))
+
+
+@pytest.mark.parametrize(
+    "out, teacher, message",
+    [
+        (torch.randn(2, 7), None, "out must be the output of IdleViTForTraining, got .*float32"),
+        (output(token_cut=torch.zeros(0)), output(), r"out.token_cut must be \[L\] with L >= 1 idle layers"),
+        (output(), None, "teacher must be the output of .* as distill_weight > 0 .*, got NoneType"),
+        (output(), torch.randn(2, 7), "teacher must be the output of"),
+        (output(), output(logits=torch.randn(2, 9)), r"teacher.logits must be \[2, 7\] like the student's"),
+        (output(), output(features=torch.randn(2, 9)), r"teacher.features must be \[2, 8\] like the student's"),
+    ],
+)
+def test_bad_outputs(out: Any, teacher: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ik.IdleViTLoss(nn.CrossEntropyLoss())(out, torch.tensor([1, 2]), teacher)

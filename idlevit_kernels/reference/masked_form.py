@@ -52,12 +52,13 @@ def masked_form(
     Returns its logits, all normalised tokens [B, T, C], the cut loss of each idle layer, the mask of the last [B, T].
     """
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-    P, token_cut, mask = model.num_prefix_tokens, [], x.new_ones(x.shape[:2])
+    P, layers = model.num_prefix_tokens, []
     for block, ratio in zip(model.blocks, schedule, strict=True):
         if ratio == 1:
             x = block(x)
         else:
             x, logits, mask = masked_block(x, block, max(1, int(ratio * (x.shape[1] - P))), P, scorer)
-            token_cut.append(masked_cut_loss(logits, mask, P, kind))
+            layers.append((logits, mask))
     x = model.norm(x)
-    return model.forward_head(x), x, torch.stack(token_cut), mask
+    token_cut = torch.stack([masked_cut_loss(logits, mask, P, kind) for logits, mask in layers])
+    return model.forward_head(x), x, token_cut, mask

@@ -11,7 +11,7 @@ from ..reference.layer_norm import accumulate_dtype
 from ..reference.token_cut_loss import across_cut, cut_loss, row_weights, token_sides
 from .reference import check_indices
 
-# Logits of a tile: 8 MB in float32, the fastest of 1 to 16 MB on two cores of an AMD EPYC.
+# Logits of a tile: 8 MB in float32, the fastest of 1 to 16 MB on two cores of an Intel Xeon (AVX-512).
 _TILE_ELEMENTS = 1 << 21
 
 

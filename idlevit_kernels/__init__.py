@@ -24,6 +24,7 @@ from .functional import (
 from .losses import IdleViTLoss, IdleViTOutput
 from .models import IdleViTForTraining, apply_idle, idle_blocks, load_released, remove_idle
 from .schedule import idle_schedule
+from .visualize import visualize
 
 try:
     __version__ = version("idlevit-kernels")
@@ -59,4 +60,5 @@ __all__ = [
     "token_cut_loss",
     "token_scores",
     "use_backend",
+    "visualize",
 ]

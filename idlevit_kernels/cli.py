@@ -33,6 +33,13 @@ app = typer.Typer(
 )
 
 
+MODEL = typer.Option(help="Name of a timm model, or of this package's LV-ViT.")
+KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no schedule is given.")
+SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
+WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
+PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+
+
 def main() -> None:
     app(prog_name="idlevit")
 
@@ -265,11 +272,29 @@ def _bench_cells(row: ModelRow, compiled: bool, peers: bool) -> list[str]:
     ]
 
 
-MODEL = typer.Option(help="Name of a timm model, or of this package's LV-ViT.")
-KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no schedule is given.")
-SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
-WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
-PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+@app.command()
+def visualize(
+    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One: in detail. Several: a row each.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG, SVG or PDF.")] = Path(
+        "idling.png"
+    ),
+    model: Annotated[str, MODEL] = "deit_small_patch16_224",
+    keep_ratio: Annotated[float | None, KEEP_RATIO] = None,
+    schedule: Annotated[Path | None, SCHEDULE] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
+    weights: Annotated[Path | None, WEIGHTS] = None,
+    pretrained: Annotated[bool, PRETRAINED] = False,
+) -> None:
+    """Draws which tokens each idle layer keeps, how often each is chosen, which come back, and their scores."""
+    from .visualize import visualize as draw
+
+    with _bad_input():
+        _, idle, _ = _dense_and_idle("visualize", model, keep_ratio, schedule, image_size, weights, pretrained)
+        draw(idle, image).savefig(output)
+    trained = weights is not None or pretrained
+    print(
+        f"{output}{'' if trained else ' (random weights: what they choose says nothing; see --weights, --pretrained)'}"
+    )
 
 
 @app.command()

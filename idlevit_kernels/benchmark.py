@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
-import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from . import backends
 from .block import IdleBlock
 from .complexity import count_macs
 from .errors import value_error
+from .latency import BlockInput, block_inputs, rotating
 from .models import apply_idle, idle_blocks
 from .models.grid import IdleGridBlock
 from .schedule import check_ratio, num_kept
@@ -33,7 +33,6 @@ Progress = Callable[[str, float], None]  # what is running, and the share of the
 _MIN_ROUNDS = 3
 _EQUAL_SHARE = 0.12  # of the time goes to all batch sizes alike, the rest by the number of images
 _MODEL_SHARE = 0.78  # of the time at a batch size; the single blocks get the rest, for about as many rounds
-_NUM_INPUTS = 3  # each call takes the next one, so that none finds its input in the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,13 +192,7 @@ class ModelBenchmark:
     def _calls(self, models: dict[Any, Any], shape: tuple[int, ...]) -> dict[Any, Callable[[], Any]]:
         """A call of each model on the next of a few inputs."""
         like = next(self.dense.parameters())
-        inputs = [torch.randn(shape, device=like.device, dtype=like.dtype) for _ in range(_NUM_INPUTS)]
-
-        def call(model: nn.Module) -> Callable[[], Any]:
-            rotation = itertools.cycle(inputs)
-            return lambda: model(next(rotation))
-
-        return {key: call(model) for key, model in models.items()}
+        return {key: rotating(model, shape, like) for key, model in models.items()}
 
     def _measure_models(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
         variants: dict[Any, Any] = {(variant, False): model for variant, model in self.models.items()}
@@ -244,12 +237,15 @@ class ModelBenchmark:
         # About what a round of each costs: the kept tokens, and something that does not depend on them.
         costs = [0.25 + idle.keep_ratio for _, _, idle in pairs]
         for (ratio, name, idle), cost in zip(pairs, costs, strict=True):
-            _, num_tokens, channels = self._block_input_shape(name)
+            dense = self.dense.get_submodule(name)
+            (given,) = block_inputs(self.dense, [dense], batch, self.input_size)
+            _, num_tokens, channels = given.shape
             num_prefix = idle.num_prefix_tokens
             num_keep = num_kept(idle.keep_ratio, num_tokens - num_prefix)
-            calls = self._calls({"idle": idle}, (batch, num_tokens, channels))
-            floor = {"dense": self.dense.get_submodule(name)}
-            calls |= self._calls(floor, (batch, num_prefix + num_keep, channels))
+            rope = given.named.get("rope")
+            kept = {} if rope is None else {"rope": rope[..., :num_keep, :]}
+            floor = BlockInput((batch, num_prefix + num_keep, channels), named=kept)
+            calls = {"idle": given.rotating(idle), "dense": floor.rotating(dense)}
             share = seconds * cost / sum(costs)
             steps.begin(f"batch {batch}, blocks", share)
             timings = alternate(calls, share, _MIN_ROUNDS, self.device, steps)
@@ -257,13 +253,6 @@ class ModelBenchmark:
             result.blocks.append(
                 BlockRow(batch, ratio, name, num_tokens, num_prefix, num_keep, **timings, overhead=overhead)
             )
-
-    def _block_input_shape(self, name: str) -> tuple[int, ...]:
-        shapes: list[tuple[int, ...]] = []
-        block = self.dense.get_submodule(name)
-        with block.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape))):
-            next(iter(self._calls({"": self.dense}, (1, *self.input_size)).values()))()
-        return shapes[0]
 
 
 class _Steps:

@@ -60,7 +60,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]  # pointers and integers that are multiples of 16
-    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+    options: tuple[tuple[str, int], ...]  # num_warps, num_stages, enable_fp_fusion
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class Launch:
     def configured(self, config: dict[str, int]) -> Launch:
         """The launch with other tile sizes and warps."""
         constants = {k: v for k, v in config.items() if k in dict(self.constants)}
-        options = {k: v for k, v in config.items() if k not in constants}
+        options = dict(self.options) | {k: v for k, v in config.items() if k not in constants}
         return dataclasses.replace(
             self, constants=tuple((dict(self.constants) | constants).items()), options=tuple(sorted(options.items()))
         )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import STREAM_PROGRAMS, contiguous_channels, launch, row_tile, walk
-from .rows import add_branch, branch_factor, center_rows, parameter, widen
+from .rows import add_branch, branch_factor, dense_offsets, normalize_rows, own_rows, parameter, tile_offsets, widen
 
 
 @triton.jit(do_not_specialize=["n", "steps"])
@@ -25,17 +25,14 @@ def _gather_tokens(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    programs = tl.cdiv(n, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(n, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     for step in range(steps):
         slots = first + step * ROWS + tl.arange(0, ROWS)
         token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
         mask = (slots < n)[:, None] & (columns < C)[None, :]
-        source = image * batch_stride + token * token_stride
-        row = tl.load(x + source[:, None] + columns[None, :], mask=mask, other=0.0)
-        tl.store(out + (image * n + slots)[:, None] * C + columns[None, :], row, mask=mask)
+        row = tl.load(x + tile_offsets(image, token, columns, batch_stride, token_stride), mask=mask, other=0.0)
+        tl.store(out + dense_offsets(image, slots, columns, n, C), row, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "steps"])
@@ -58,9 +55,7 @@ def _gather_add_norm(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    programs = tl.cdiv(n, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(n, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     in_row = columns < C
     stored_type: tl.constexpr = tokens.dtype.element_ty
@@ -72,15 +67,13 @@ def _gather_add_norm(
         slots = first + step * ROWS + tl.arange(0, ROWS)
         token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
         mask = (slots < n)[:, None] & in_row[None, :]
-        source = image * batch_stride + token * token_stride
-        compact = (image * n + slots)[:, None] * C + columns[None, :]
-        row = tl.load(x + source[:, None] + columns[None, :], mask=mask, other=0.0)
+        compact = dense_offsets(image, slots, columns, n, C)
+        row = tl.load(x + tile_offsets(image, token, columns, batch_stride, token_stride), mask=mask, other=0.0)
         added = tl.load(branch + compact, mask=mask, other=0.0)
         stored = add_branch(row, added, factor, stored_type)
         tl.store(tokens + compact, stored, mask=mask)
         # The norm sees the tokens as stored: they are what the block's second residual adds to.
-        centered, rstd = center_rows(widen(stored), in_row, C, EPS)
-        result = centered * rstd[:, None] * w[None, :] + b[None, :]
+        result = normalize_rows(widen(stored), w, b, in_row, C, EPS)
         tl.store(normed + compact, result.to(stored_type), mask=mask)
 
 

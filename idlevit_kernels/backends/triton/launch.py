@@ -61,10 +61,13 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
-    """Runs the kernel on the device's current stream; an empty grid is no launch at all."""
+    """Runs the kernel on the device's current stream; an empty grid is no launch at all.
+
+    Products and sums are fused by choice: Triton's default differs from release to release, and with it the last bits.
+    """
     if programs:
         with guard(device):
-            kernel[(programs,)](*args, **meta)
+            kernel[(programs,)](*args, enable_fp_fusion=True, **meta)
 
 
 _fastest: dict[tuple[Any, ...], dict[str, int]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...reference.layer_norm import accumulate_dtype
 from .launch import SEARCH_PROGRAMS, contiguous_channels, halvings, launch, row_tile, walk
-from .rows import center_rows, find_slots, first_slot, parameter, widen
+from .rows import center_rows, dense_offsets, find_slots, first_slot, own_rows, parameter, tile_offsets, widen
 
 
 @triton.jit(do_not_specialize=["T", "n", "halvings", "steps"])
@@ -32,9 +32,7 @@ def _gather_norm_backward(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    programs = tl.cdiv(T, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(T, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     in_row = columns < C
     dtype: tl.constexpr = partial.dtype.element_ty
@@ -49,10 +47,9 @@ def _gather_norm_backward(
         slot += tl.sum(kept.to(tl.int32), 0)
         # Rows that are not kept read zeros, so their gradient comes out as zero.
         moved = kept[:, None] & in_row[None, :]
-        source = image * batch_stride + rows.to(tl.int64) * token_stride
-        row = widen(tl.load(x + source[:, None] + columns[None, :], mask=moved, other=0.0))
-        compact = (image * n + slots)[:, None] * C + columns[None, :]
-        g = tl.load(grad + compact, mask=moved, other=0.0).to(dtype)
+        source = tile_offsets(image, rows, columns, batch_stride, token_stride)
+        row = widen(tl.load(x + source, mask=moved, other=0.0))
+        g = tl.load(grad + dense_offsets(image, slots, columns, n, C), mask=moved, other=0.0).to(dtype)
         centered, rstd = center_rows(row, in_row, C, EPS)
         normed = centered * rstd[:, None]
         grad_weight += g * normed
@@ -63,7 +60,7 @@ def _gather_norm_backward(
         along = tl.sum(scaled * normed, 1) * (1.0 / C)
         grad_row = rstd[:, None] * (scaled - mean[:, None] - normed * along[:, None])
         mask = (rows < T)[:, None] & in_row[None, :]
-        target = grad_x + (image * T + rows)[:, None] * C + columns[None, :]
+        target = grad_x + dense_offsets(image, rows, columns, T, C)
         tl.store(target, grad_row.to(grad_x.dtype.element_ty), mask=mask)
     # One row of sums a program, added up by PyTorch: the order is fixed, so the gradient is too.
     program = tl.program_id(0).to(tl.int64)

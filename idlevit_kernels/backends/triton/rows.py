@@ -21,6 +21,25 @@ def widen(value):
 
 
 @triton.jit
+def own_rows(rows, steps, ROWS: tl.constexpr):
+    """The image that this program works on, and the first of the ``steps`` tiles of ROWS rows that it walks there."""
+    programs = tl.cdiv(rows, ROWS * steps)
+    return (tl.program_id(0) // programs).to(tl.int64), (tl.program_id(0) % programs) * ROWS * steps
+
+
+@triton.jit
+def tile_offsets(image, rows, columns, batch_stride, row_stride):
+    """Offsets [ROWS, BLOCK_C] of an image's rows, which lie apart; ``image`` has 64 bits."""
+    return (image * batch_stride + rows.to(tl.int64) * row_stride)[:, None] + columns[None, :]
+
+
+@triton.jit
+def dense_offsets(image, rows, columns, count, C: tl.constexpr):
+    """Offsets [ROWS, BLOCK_C] of an image's rows in a contiguous tensor [B, count, C]; ``image`` has 64 bits."""
+    return ((image * count + rows) * C)[:, None] + columns[None, :]
+
+
+@triton.jit
 def parameter(vector, columns, in_row, default: tl.constexpr, dtype: tl.constexpr):
     """A parameter vector [C] in the accumulate type; the default where there is none."""
     if vector is None:
@@ -36,6 +55,13 @@ def center_rows(row, in_row, C: tl.constexpr, EPS: tl.constexpr):
     centered = tl.where(in_row[None, :], row - mean[:, None], 0.0)
     variance = tl.sum(centered * centered, 1) * (1.0 / C)
     return centered, tl.rsqrt(variance + EPS)
+
+
+@triton.jit
+def normalize_rows(row, weight, bias, in_row, C: tl.constexpr, EPS: tl.constexpr):
+    """LayerNorm [ROWS, BLOCK_C] of rows in the accumulate type."""
+    centered, rstd = center_rows(row, in_row, C, EPS)
+    return centered * rstd[:, None] * weight[None, :] + bias[None, :]
 
 
 @triton.jit

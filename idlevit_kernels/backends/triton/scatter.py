@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SEARCH_PROGRAMS, STREAM_PROGRAMS, contiguous_channels, halvings, launch, row_tile, walk
-from .rows import add_branch, branch_factor, find_slots, first_slot
+from .rows import add_branch, branch_factor, dense_offsets, find_slots, first_slot, own_rows, tile_offsets
 
 
 @triton.jit(do_not_specialize=["T", "n", "halvings", "steps"])
@@ -32,9 +32,7 @@ def _scatter_tokens(
     ROWS: tl.constexpr,
 ):
     """Writes every row of out once, and reads of x only the rows that stay."""
-    programs = tl.cdiv(T, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(T, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     in_row = columns < C
     dtype: tl.constexpr = out.dtype.element_ty
@@ -46,18 +44,18 @@ def _scatter_tokens(
         kept, slots = find_slots(indices, rows, slot, n, ROWS)
         slot += tl.sum(kept.to(tl.int32), 0)
         moved = kept[:, None] & in_row[None, :]
-        compact = (image * n + slots)[:, None] * C + columns[None, :]
+        compact = dense_offsets(image, slots, columns, n, C)
         mask = (rows < T)[:, None] & in_row[None, :]
         if x is None:
             row = tl.load(tokens + compact, mask=moved, other=0.0)
         else:
             # One load with the address chosen, rather than two loads with the values chosen.
-            source = (image * batch_stride + rows.to(tl.int64) * token_stride)[:, None] + columns[None, :]
+            source = tile_offsets(image, rows, columns, batch_stride, token_stride)
             row = tl.load(tl.where(kept[:, None], tokens + compact, x + source), mask=mask, other=0.0)
         if branch is not None:
             added = add_branch(row, tl.load(branch + compact, mask=moved, other=0.0), factor, dtype)
             row = tl.where(kept[:, None], added, row)  # the other rows stay bit for bit, -0 and NaN included
-        tl.store(out + (image * T + rows)[:, None] * C + columns[None, :], row, mask=mask)
+        tl.store(out + dense_offsets(image, rows, columns, T, C), row, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "steps"])
@@ -76,9 +74,7 @@ def _scatter_tokens_in_place(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    programs = tl.cdiv(n, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(n, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     in_row = columns < C
     dtype: tl.constexpr = x.dtype.element_ty
@@ -87,12 +83,11 @@ def _scatter_tokens_in_place(
         slots = first + step * ROWS + tl.arange(0, ROWS)
         token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
         mask = (slots < n)[:, None] & in_row[None, :]
-        compact = (image * n + slots)[:, None] * C + columns[None, :]
+        compact = dense_offsets(image, slots, columns, n, C)
         row = tl.load(tokens + compact, mask=mask, other=0.0)
         if branch is not None:
             row = add_branch(row, tl.load(branch + compact, mask=mask, other=0.0), factor, dtype)
-        target = image * batch_stride + token * token_stride
-        tl.store(x + target[:, None] + columns[None, :], row, mask=mask)
+        tl.store(x + tile_offsets(image, token, columns, batch_stride, token_stride), row, mask=mask)
 
 
 def _scatter(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...reference.layer_norm import accumulate_dtype
 from .launch import STREAM_PROGRAMS, contiguous_channels, launch, row_tile, walk
-from .rows import center_rows, parameter, widen
+from .rows import center_rows, own_rows, parameter, tile_offsets, widen
 
 
 @triton.jit(do_not_specialize=["T", "steps"])
@@ -29,9 +29,7 @@ def _token_scores(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    programs = tl.cdiv(T, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(T, steps, ROWS)
     columns = tl.arange(0, BLOCK_C)
     in_row = columns < C
     dtype: tl.constexpr = scores.dtype.element_ty
@@ -41,9 +39,8 @@ def _token_scores(
     constant = tl.sum(u * parameter(bias, columns, in_row, 0.0, dtype), 0)
     for step in range(steps):
         tokens = first + step * ROWS + tl.arange(0, ROWS)
-        offsets = image * batch_stride + tokens.to(tl.int64) * token_stride
-        mask = (tokens < T)[:, None] & in_row[None, :]
-        row = widen(tl.load(x + offsets[:, None] + columns[None, :], mask=mask, other=0.0))
+        offsets = tile_offsets(image, tokens, columns, batch_stride, token_stride)
+        row = widen(tl.load(x + offsets, mask=(tokens < T)[:, None] & in_row[None, :], other=0.0))
         centered, rstd = center_rows(row, in_row, C, EPS)
         result = rstd * tl.sum(centered * scaled[None, :], 1) + constant
         tl.store(scores + image * T + tokens, result, mask=tokens < T)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SEARCH_PROGRAMS, contiguous_channels, launch, row_tile, walk
-from .rows import center_rows, parameter, widen
+from .rows import dense_offsets, normalize_rows, own_rows, parameter, tile_offsets, widen
 
 # The widest image whose keys fit in the registers of one program: 32 keys a thread with 16 warps.
 MAX_TOKENS = 16384
@@ -113,9 +113,7 @@ def _select_gather_norm(
     ROWS: tl.constexpr,
 ):
     n = num_prefix + num_keep
-    programs = tl.cdiv(n, ROWS * steps)
-    image = (tl.program_id(0) // programs).to(tl.int64)
-    first = (tl.program_id(0) % programs) * ROWS * steps
+    image, first = own_rows(n, steps, ROWS)
     last = tl.minimum(first + ROWS * steps, n)
     scores += image * (num_prefix + N) + num_prefix
     indices += image * n
@@ -141,11 +139,10 @@ def _select_gather_norm(
         token = tl.where(in_prefix, slots.to(tl.int64), token)
         tl.store(indices + slots, token, mask=in_prefix)
         mask = (slots < n)[:, None] & in_row[None, :]
-        offsets = image * batch_stride + token * token_stride
-        row = widen(tl.load(x + offsets[:, None] + columns[None, :], mask=mask, other=0.0))
-        centered, rstd = center_rows(row, in_row, C, EPS)
-        result = centered * rstd[:, None] * w[None, :] + b[None, :]
-        out = normed + (image * n + slots)[:, None] * C + columns[None, :]
+        offsets = tile_offsets(image, token, columns, batch_stride, token_stride)
+        row = widen(tl.load(x + offsets, mask=mask, other=0.0))
+        result = normalize_rows(row, w, b, in_row, C, EPS)
+        out = normed + dense_offsets(image, slots, columns, n, C)
         tl.store(out, result.to(normed.dtype.element_ty), mask=mask)
 
 

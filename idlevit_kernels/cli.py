@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import inspect
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich import box
@@ -21,6 +22,8 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from .train.recipe import Recipe
 
 if TYPE_CHECKING:
     from .benchmark import ModelRow, Result
@@ -448,3 +451,119 @@ def export(
         extra = [f"{speedup:.2f}x", f"{bound:.2f}x", f"{speedup / bound:.0%}"] if name == "idle" else []
         table.add_row(name, f"{batch / t.median:.1f}", f"{batch / t.p80:.1f}-{batch / t.p20:.1f}", *extra)
     console.print(Group(table, ""))
+
+
+def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives the command an option for each field of Recipe; it gets those that were used as ``given``."""
+    fields = dataclasses.fields(Recipe)
+    hints = get_type_hints(Recipe)
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        values = {field.name: options.pop(field.name) for field in fields}
+        command(given={name: value for name, value in values.items() if value is not None}, **options)
+
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    for field in fields:
+        text = f"{field.metadata['help']} [{field.default}; {field.metadata['source']}]"
+        option = typer.Option(help=text.replace("[", "\\["), show_default=False, rich_help_panel="Recipe")
+        annotation: Any = Annotated[hints[field.name] | None, option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+_DataDir = Annotated[Path | None, typer.Option(help="Where a data set that timm knows by name lies.")]
+_Download = Annotated[bool, typer.Option("--download", help="Download that data set if it is not there.")]
+_ValSplit = Annotated[str, typer.Option(help="Its split that accuracy is measured on.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the best there is.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes.")]
+_Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each process that trains.")]
+_OnBadImage = Annotated[str, typer.Option(help="At an image that cannot be read: stop, or skip it and count it.")]
+
+
+@app.command()
+@_recipe_options
+def train(
+    *,
+    given: dict[str, Any],
+    output: Annotated[Path | None, typer.Option(help="Directory for checkpoints and logs.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto: go on from what --output holds; or a checkpoint.")] = None,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    val_split: _ValSplit = "validation",
+    device: _Device = None,
+    threads: _Threads = None,
+    workers: _Workers = 0,
+    on_bad_image: _OnBadImage = "stop",
+    checkpoint_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; there is one after each epoch in any case.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Train through torch.compile.")] = False,
+) -> None:
+    """Finetunes an IdleViT, by default on handwritten digits: first dense, then idle. Runs under torchrun, too.
+
+    The recipe's defaults, in brackets with their source, are the paper's for ImageNet; digits have their own where none
+    is given. A run can be ended at any time and goes on with --resume auto.
+    """
+    from .train.engine import Options
+    from .train.task import Place, train
+
+    with _bad_input(), _failed_run():
+        skip = _skips("train", on_bad_image)
+        options = Options(output, workers, checkpoint_steps, skip_unreadable=skip, compile=compiled)
+        train(given, options, Place(data_dir, download, val_split, device, threads), resume)
+
+
+@app.command(name="eval")
+@_recipe_options
+def evaluate(
+    source: Annotated[
+        Path | None, typer.Argument(help="Checkpoint, or directory of a run; else --model, --weights and --data.")
+    ] = None,
+    *,
+    given: dict[str, Any],
+    ratios: Annotated[
+        list[float] | None, typer.Option("--ratio", help="Keep ratio; repeat it for several. [that of the training]")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of the weights.")] = False,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    val_split: _ValSplit = "validation",
+    device: _Device = None,
+    threads: _Threads = None,
+    workers: _Workers = 0,
+    on_bad_image: _OnBadImage = "stop",
+) -> None:
+    """Accuracy and images per second of a model, dense and idle side by side. Runs under torchrun, too."""
+    from .train.engine import Options
+    from .train.task import Place, evaluate_run
+
+    with _bad_input(), _failed_run():
+        options = Options(workers=workers, skip_unreadable=_skips("eval", on_bad_image))
+        evaluate_run(source, given, ratios or [], ema, options, Place(data_dir, download, val_split, device, threads))
+
+
+def _skips(op: str, on_bad_image: str) -> bool:
+    from .errors import value_error
+
+    if on_bad_image not in ("stop", "skip"):
+        raise value_error(op, "on_bad_image", "stop or skip", on_bad_image)
+    return on_bad_image == "skip"
+
+
+@contextlib.contextmanager
+def _failed_run() -> Iterator[None]:
+    """A run that cannot go on says why: exit code 1, or that of the signal which ended it."""
+    from .train.checkpoint import CheckpointError
+    from .train.data import UnreadableImage
+    from .train.engine import NonFiniteLoss, Stopped
+
+    try:
+        yield
+    except (CheckpointError, NonFiniteLoss, Stopped, UnreadableImage) as error:
+        print(f"idlevit: {error}", file=sys.stderr)
+        raise typer.Exit(error.code if isinstance(error, Stopped) else 1) from None

@@ -176,6 +176,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_scatter_tokens", &cpu_scatter_tokens);
     m.def("cpu_instruction_sets", &cpu_instruction_sets);
     m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
+#if defined(__x86_64__)
+    m.attr("cpu_is_intel") = __builtin_cpu_is("intel") != 0;
+#else
+    m.attr("cpu_is_intel") = false;
+#endif
     m.def("cpu_set_instruction_set", &cpu_set_instruction_set);
 #if defined(IDLEVIT_WITH_CUDA)
     m.attr("cuda_built") = true;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import dense, ops
+from . import dense, inference, ops
 from .backends import resolve
 from .cut_attention import check_cut, cut_attention
 from .dense import plain, plain_linear
@@ -86,6 +86,11 @@ def idle_block(
         TypeError, ValueError: an argument that does not fit; the message names it.
         BackendError: a named backend cannot run the call.
     """
+    if cut is None and rope is None:
+        done = inference.run(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend))
+        if done is not None:
+            out, indices = done
+            return (out, indices) if return_indices else out
     check_tensor("idle_block", "x", x, "[B, T, C]", (None, None, None))
     check_counts("idle_block", x.shape[1], num_keep, num_prefix_tokens)
     scorer = check_scorer("idle_block", scorer, num_prefix_tokens)

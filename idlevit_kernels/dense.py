@@ -1,10 +1,9 @@
 """Attention and MLP of a block, on whichever tokens they are given.
 
-They are the block's own modules, called. For float32 inference on a CPU, timm's attentions and MLPs run through
-oneDNN's linear instead of the BLAS that ``nn.Linear`` calls: it was a fifth faster than MKL on the AMD EPYC it was
-measured on, and applies GELU while a tile of the result is in cache. On Intel's processors MKL is the faster by some
-5 to 10% (a third for a few numbers of tokens), so there only the linear with GELU is oneDNN's. Same formula and
-weights, no packed copies to go stale.
+They are the block's own modules, called. For float32 inference on a CPU, timm's attentions and MLPs are written out
+here, with GELU in place and with the faster library behind the linear layers: MKL, which ``nn.Linear`` calls, on Intel
+CPUs, and elsewhere oneDNN, which was a fifth faster on an AMD EPYC (on an Intel Xeon, up to a fifth slower). Same
+formula and weights, no packed copies to go stale.
 
 In training, timm's plain MLP computes GELU again in the backward instead of holding its result.
 """
@@ -17,13 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
-from .backends import resolve
-
-
-@functools.cache
-def _has_onednn_linear() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from .backends import native
 
 
 def plain(module: nn.Module, home: str, name: str) -> bool:
@@ -36,19 +31,12 @@ def plain(module: nn.Module, home: str, name: str) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
     )
 
 
-@functools.cache
-def _is_intel() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any("GenuineIntel" in line for line in file if line.startswith("vendor_id"))
-    except OSError:
-        return False
-
-
-def _use_onednn(x: Tensor, backend: str) -> bool:
+def _written_out(x: Tensor, backend: str) -> bool:
+    """Whether the formulas below stand in for the modules: no gradient needs their intermediate results."""
     return (
         x.dtype is torch.float32
         and x.is_cpu
@@ -56,8 +44,7 @@ def _use_onednn(x: Tensor, backend: str) -> bool:
         and backend != "reference"
         and not torch.compiler.is_compiling()  # a compiler fuses linear and GELU itself
         and not torch.is_autocast_enabled("cpu")
-        and bool(torch.backends.mkldnn.enabled)
-        and _has_onednn_linear()
+        and not _has_any_global_hook()
     )
 
 
@@ -68,32 +55,53 @@ def plain_linear(module: Any) -> bool:
     )
 
 
-def _inactive(dropout: Any) -> bool:
+def inactive(dropout: Any) -> bool:
     return not dropout.training or dropout.p == 0
+
+
+@functools.cache
+def _onednn_is_faster() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    extension = native.extension()
+    return not (torch.backends.mkl.is_available() and extension is not None and extension.cpu_is_intel)
 
 
 # A call of oneDNN costs some 20 us more than one of the BLAS; with fewer multiply-accumulates it does not pay.
 _MIN_MACS = 2**25
 
 
+def _use_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype is torch.float32
+        and weight.dtype is torch.float32
+        and x.is_cpu
+        and x.numel() * weight.shape[0] >= _MIN_MACS
+        and _onednn_is_faster()
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` through whichever library is faster."""
-    return _linear(x, weight, bias) if _use_onednn(x, resolve("auto", "linear")) else F.linear(x, weight, bias)
+    if _use_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
-    """The linear layer, and GELU of it where ``gelu`` names the approximation ("none" or "tanh")."""
-    blas = gelu is None and _is_intel()
-    if blas or x.numel() * weight.shape[0] < _MIN_MACS or weight.dtype is not x.dtype:
-        y = F.linear(x, weight, bias)
-        return y if gelu is None else F.gelu(y, approximate=gelu)
-    post: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu)
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, *post)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """``F.gelu(F.linear(x, weight, bias), approximate=approximate)`` where no gradient is recorded."""
+    if _use_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "gelu", [], approximate)
+    return torch.ops.aten.gelu_.default(F.linear(x, weight, bias), approximate=approximate)
 
 
 def attention(attn: Any, x: Tensor, backend: str, rope: Tensor | None = None) -> Tensor:
     """``attn(x)``, or ``attn(x, rope=rope)``: x [B, n, C] -> [B, n, C]."""
-    known = _use_onednn(x, backend) and (
+    known = _written_out(x, backend) and (
         plain(attn, "timm.layers.attention", "Attention")
         or plain(attn, "timm.models.eva", "EvaAttention")
         or plain(attn, "timm.layers.attention", "AttentionRope")
@@ -103,8 +111,8 @@ def attention(attn: Any, x: Tensor, backend: str, rope: Tensor | None = None) ->
         and attn.qkv is not None
         and plain_linear(attn.qkv)
         and plain_linear(attn.proj)
-        and _inactive(attn.attn_drop)
-        and _inactive(attn.proj_drop)
+        and inactive(attn.attn_drop)
+        and inactive(attn.proj_drop)
         and getattr(attn, "gate", None) is None
     ):
         return attn(x) if rope is None else attn(x, rope=rope)
@@ -113,12 +121,12 @@ def attention(attn: Any, x: Tensor, backend: str, rope: Tensor | None = None) ->
     if bias is None and getattr(attn, "q_bias", None) is not None:  # of timm's EvaAttention
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     B, n, _ = x.shape
-    q, k, v = _linear(x, weight, bias).view(B, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = linear(x, weight, bias).view(B, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
         q, k = _rotated(q, k, rope, attn)
     out = F.scaled_dot_product_attention(q, k, v)
-    return _linear(attn.norm(out.transpose(1, 2).flatten(2)), proj.weight, proj.bias)
+    return linear(attn.norm(out.transpose(1, 2).flatten(2)), proj.weight, proj.bias)
 
 
 def _rotated(q: Tensor, k: Tensor, rope: Tensor, attn: Any) -> list[Tensor]:
@@ -171,22 +179,23 @@ def _use_gelu_linear(backend: str) -> bool:
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     """``module(x)``: x [B, n, C] -> [B, n, C]."""
-    onednn, gelu_linear = _use_onednn(x, backend), _use_gelu_linear(backend)
-    gated = onednn and plain(module, "timm.layers.mlp", "GluMlp")
-    if not (gated or ((onednn or gelu_linear) and plain(module, "timm.layers.mlp", "Mlp"))):
+    written_out, gelu_linear = _written_out(x, backend), _use_gelu_linear(backend)
+    gated = written_out and plain(module, "timm.layers.mlp", "GluMlp")
+    if not (gated or ((written_out or gelu_linear) and plain(module, "timm.layers.mlp", "Mlp"))):
         return module(x)
     fc1, fc2, act = module.fc1, module.fc2, module.act
-    if not (plain_linear(fc1) and plain_linear(fc2) and _inactive(module.drop1) and _inactive(module.drop2)):
+    if not (plain_linear(fc1) and plain_linear(fc2) and inactive(module.drop1) and inactive(module.drop2)):
         return module(x)
     gelu = act.approximate if plain(act, "torch.nn.modules.activation", "GELU") else None
-    if onednn:
-        hidden = _linear(x, fc1.weight, fc1.bias, None if gated else gelu)
+    if written_out:
         if gated:
-            first, second = hidden.chunk(2, -1)
+            first, second = linear(x, fc1.weight, fc1.bias).chunk(2, -1)
             hidden = first * act(second) if module.gate_last else act(first) * second
-        elif gelu is None:
-            hidden = act(hidden)
-        return _linear(module.norm(hidden), fc2.weight, fc2.bias)
+        elif gelu is not None:
+            hidden = linear_gelu(x, fc1.weight, fc1.bias, gelu)
+        else:
+            hidden = act(linear(x, fc1.weight, fc1.bias))
+        return linear(module.norm(hidden), fc2.weight, fc2.bias)
     if gelu is None or type(module.norm) is not nn.Identity:
         return module(x)
     hidden = fc1(x)

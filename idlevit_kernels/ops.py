@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _dispatch_tls_local_include_set, _is_any_autocast_enabled
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 from . import backends
 from .reference.layer_norm import accumulate_dtype
@@ -27,7 +30,7 @@ _ORDINARY = {
 }
 
 
-def _direct(x: Tensor) -> bool:
+def direct(x: Tensor) -> bool:
     """Whether the dispatcher would do nothing for this call but find the kernel: no gradients, no compiler, tracer,
     transform, mode, autocast, subclass or profiler.
 
@@ -35,12 +38,12 @@ def _direct(x: Tensor) -> bool:
     Python costs 30 us an op (measured at batch 1), which is more than the kernels take.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        not is_compiling()
         and type(x) is Tensor
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _ORDINARY
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.autograd._profiler_enabled()
+        and not is_grad_enabled()
+        and not _is_any_autocast_enabled()
+        and not _profiler_enabled()
+        and _dispatch_tls_local_include_set().raw_repr() in _ORDINARY
     )
 
 
@@ -65,7 +68,7 @@ def _define(schema: str) -> Any:
     op = getattr(torch.ops.idlevit, name).default
 
     def call(*args: Any, backend: str = "auto") -> Any:
-        return run(*args, backend=backend) if _direct(args[0]) else op(*args, backend=backend)
+        return run(*args, backend=backend) if direct(args[0]) else op(*args, backend=backend)
 
     return call
 
@@ -123,7 +126,7 @@ def cls_select_gather_norm(
 ) -> tuple[Tensor, Tensor]:
     """``cls_direction``, ``token_scores`` and ``select_gather_norm``, in one call of a backend that has one."""
     norm = (norm_weight, norm_bias, eps)
-    if _direct(x):
+    if direct(x):
         args = (x, num_keep, num_prefix_tokens, *norm, qkv_weight, qkv_bias)
         fused = backends.kernel("cls_select_gather_norm", backend, args, like="select_gather_norm")
         if fused is not None:

@@ -4,8 +4,9 @@
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
-// What a thread that walks through the weights once takes along: this many images.
-constexpr int kDirectionImages = 4;
+// What a thread that walks through the weights once takes along: at most this many images.
+constexpr int kDirectionImages = 8;
+constexpr int64_t kAhead = 8;
 
 // query[i] = bias + weight . rows[i] for the images i < count, with one pass over the weight row.
 template <typename A, int count>
@@ -22,9 +23,7 @@ inline void dot_rows(const A* weight, A bias, const A* rows, int64_t C, A* const
         }
     }
     for (int i = 0; i < count; ++i) {
-        const V both = even[i] + odd[i];
-        A total = bias;
-        for (int64_t l = 0; l < L; ++l) total += both[l];
+        A total = bias + sum_lanes<A>(even[i] + odd[i]);
         for (int64_t rest = c; rest < C; ++rest) total += weight[rest] * rows[i * C + rest];
         *query[i] = total;
     }
@@ -36,11 +35,13 @@ template <typename A, int count>
 inline void sum_rows(const A* weight, int64_t width, const A* query, int64_t first, int64_t last, int64_t C,
                      A* direction) {
     using V = typename VectorOf<A>::type;
-    constexpr int64_t L = kVectorBytes / sizeof(A), S = 4;
+    constexpr int64_t L = kVectorBytes / sizeof(A), S = count > 4 ? 2 : 4;
     int64_t c = first;
     for (; c + S * L <= last; c += S * L) {
         V total[count][S]{};
         for (int64_t o = 0; o < width; ++o) {
+            // The first strip fetches whole rows; the hardware would see two lines of each.
+            if (c == first && o + kAhead < width) prefetch_row(weight + (o + kAhead) * C + first, last - first);
             V row[S];
             for (int64_t v = 0; v < S; ++v) row[v] = load<V>(weight + o * C + c + v * L);
             for (int i = 0; i < count; ++i)
@@ -76,14 +77,16 @@ template <typename A>
 inline void direct(const Shape& s, const Tokens& x, const Norm& norm, const A* qkv_weight, const A* bias,
                    int64_t width, A* query, A* direction, int threads) {
     A rows[kDirectionImages * kMaxChannels];
-    for (int64_t b = 0; b < s.B; b += kDirectionImages) {
-        const int64_t count = s.B - b < kDirectionImages ? s.B - b : kDirectionImages;
+    int64_t count;
+    for (int64_t b = 0; b < s.B; b += count) {
+        count = s.B - b < kDirectionImages ? s.B - b : kDirectionImages;
+        while (count & (count - 1)) count &= count - 1;  // the largest power of two
         for (int64_t i = 0; i < count; ++i) normalize(token_row<A>(x, b + i, 0), norm, rows + i * s.C, s.C);
         A *q = query + b * width, *u = direction + b * s.C;
         switch (count) {
             case 1: direct_images<1>(rows, qkv_weight, bias, width, s.C, q, u, threads); break;
             case 2: direct_images<2>(rows, qkv_weight, bias, width, s.C, q, u, threads); break;
-            case 3: direct_images<3>(rows, qkv_weight, bias, width, s.C, q, u, threads); break;
+            case 4: direct_images<4>(rows, qkv_weight, bias, width, s.C, q, u, threads); break;
             default: direct_images<kDirectionImages>(rows, qkv_weight, bias, width, s.C, q, u, threads);
         }
     }

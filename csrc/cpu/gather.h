@@ -28,6 +28,7 @@ inline Status gather_add_norm(DType dtype, Shape s, Tokens x, const int64_t* ind
             A first[kBuffer<T>], second[kBuffer<T>];
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < s.B * s.n; ++row) {
+                if ((row + 1) % s.n) prefetch_row(token_row<T>(x, row / s.n, indices[row + 1]), s.C);
                 T* token = static_cast<T*>(tokens) + row * s.C;
                 T* target = static_cast<T*>(normed) + row * s.C;
                 A* sum = staging(token, first);

@@ -157,6 +157,17 @@ inline V load(const A* address) {
     return value;
 }
 
+// The sum of a vector's lanes, by halves: one after another, the additions would take longer than a row of terms.
+template <typename A, typename V>
+inline A sum_lanes(V value) {
+    constexpr int64_t L = sizeof(V) / sizeof(A);
+    A lanes[L];
+    std::memcpy(lanes, &value, sizeof(V));
+    for (int64_t half = L / 2; half > 0; half /= 2)
+        for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    return lanes[0];
+}
+
 // Sum over c of term(c, tag), where tag is a vector (term returns the sum's terms c, c+1, ...) or a scalar. Four
 // independent partial sums hide the latency of the adder; a plain loop would wait for each addition.
 template <typename A, typename Term>
@@ -172,9 +183,7 @@ inline A sum(int64_t C, Term term) {
         s3 += term(c + 3 * L, V{});
     }
     for (; c + L <= C; c += L) s0 += term(c, V{});
-    s0 = (s0 + s1) + (s2 + s3);
-    A total = 0;
-    for (int64_t l = 0; l < L; ++l) total += s0[l];
+    A total = sum_lanes<A>((s0 + s1) + (s2 + s3));
     for (; c < C; ++c) total += term(c, A{});
     return total;
 }
@@ -224,6 +233,13 @@ inline void add_branch(const A* row, const A* branch, const Branch& spec, A* out
         IDLEVIT_SIMD
         for (int64_t c = 0; c < C; ++c) out[c] = row[c] + scale * branch[c];
     }
+}
+
+// Asks for a row that is needed soon: gathered rows are out of the hardware prefetcher's reach, and it stops at pages.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t C) {
+    constexpr int64_t step = 64 / sizeof(T);
+    for (int64_t c = 0; c < C; c += step) __builtin_prefetch(row + c);
 }
 
 template <typename T>

@@ -43,20 +43,40 @@ inline Status select_tokens(DType dtype, Shape s, int64_t prefix, const void* sc
     });
 }
 
+template <typename T>
+inline void normalize_token(const Shape& s, const Tokens& x, int64_t row, const Norm& norm, const int64_t* indices,
+                            T* normed, acc_t<T>* in, acc_t<T>* out) {
+    if ((row + 1) % s.n) prefetch_row(token_row<T>(x, row / s.n, indices[row + 1]), s.C);
+    T* target = normed + row * s.C;
+    acc_t<T>* values = staging(target, out);
+    normalize(widen(token_row<T>(x, row / s.n, indices[row]), in, s.C), norm, values, s.C);
+    narrow(values, target, s.C);
+}
+
 // For a team of threads.
 template <typename T>
 inline void select_and_normalize(const Shape& s, int64_t prefix, const Tokens& x, const acc_t<T>* scores,
                                  const Norm& norm, int64_t* indices, T* normed) {
-    using A = acc_t<T>;
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < s.B; ++b) select_row(scores, s, prefix, b, indices);
-    A in[kBuffer<T>], out[kBuffer<T>];
+    acc_t<T> in[kBuffer<T>], out[kBuffer<T>];
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < s.B * s.n; ++row) {
-        T* target = normed + row * s.C;
-        A* values = staging(target, out);
-        normalize(widen(token_row<T>(x, row / s.n, indices[row]), in, s.C), norm, values, s.C);
-        narrow(values, target, s.C);
+    for (int64_t row = 0; row < s.B * s.n; ++row) normalize_token(s, x, row, norm, indices, normed, in, out);
+}
+
+// Both, image by image: the tokens that were scored are still in the cache when they are gathered.
+template <typename A>
+inline void score_select_and_normalize(const Shape& s, int64_t prefix, const Tokens& x, const A* direction,
+                                       const Norm& norm, A* scores, int64_t* indices, A* normed) {
+    Image<A> image;
+    A none[1];
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < s.B; ++b) {
+        image.set(direction + b * s.C, norm, s.C);
+        for (int64_t t = 0; t < s.T; ++t)
+            scores[b * s.T + t] = score_row(token_row<A>(x, b, t), image.v, image.offset, norm.eps, s.C);
+        select_row(scores, s, prefix, b, indices);
+        for (int64_t i = 0; i < s.n; ++i) normalize_token(s, x, b * s.n + i, norm, indices, normed, none, none);
     }
 }
 
@@ -85,8 +105,12 @@ inline Status cls_select_gather_norm(DType dtype, Shape s, int64_t prefix, Token
         {
             direct(s, x, norm, static_cast<const A*>(qkv_weight), static_cast<const A*>(qkv_bias), width, query,
                    direction, threads);
-            score_tokens<A>(s, x, direction, norm, scores);
-            select_and_normalize<A>(s, prefix, x, scores, norm, indices, static_cast<A*>(normed));
+            if (s.B % threads == 0 && s.B > 1) {
+                score_select_and_normalize(s, prefix, x, direction, norm, scores, indices, static_cast<A*>(normed));
+            } else {
+                score_tokens<A>(s, x, direction, norm, scores);
+                select_and_normalize<A>(s, prefix, x, scores, norm, indices, static_cast<A*>(normed));
+            }
         }
         return Status::ok;
     });

@@ -27,7 +27,7 @@ def extension() -> ModuleType | None:
     return found
 
 
-_MAX_DIRECTIONS = 16
+_MAX_DIRECTIONS = 64
 
 
 class CPUOps(native.NativeOps):
@@ -41,13 +41,16 @@ class CPUOps(native.NativeOps):
     def max_channels(self) -> int:  # type: ignore[override]
         return extension().MAX_CHANNELS  # type: ignore[union-attr]
 
-    def parameters(self, x: Tensor, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    def parameters(self, x: Tensor, *tensors: Tensor | None) -> native.Parameters:
         """The kernels take parameters in the accumulate type."""
-        dtype = accumulate_dtype(x.dtype)
-        return (native.DTYPES[x.dtype],), [native.dense_or_none(t, dtype) for t in tensors]
+        return native.parameters((native.DTYPES[x.dtype],), x, accumulate_dtype(x.dtype), tensors)
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> int:
-        return getattr(extension(), "cpu_" + kernel)(*args, torch.get_num_threads())
+        return self.kernels[kernel](*args, torch.get_num_threads())
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, Any]:
+        return {name.removeprefix("cpu_"): value for name, value in vars(extension()).items() if name[:4] == "cpu_"}
 
     def cls_direction(
         self,
@@ -58,31 +61,28 @@ class CPUOps(native.NativeOps):
         qkv_weight: Tensor,
         qkv_bias: Tensor | None,
     ) -> Tensor:
-        if not self._reads(x, qkv_weight):
+        if not self._reads(x, qkv_weight, qkv_bias):
             return reference.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
-        B, T, C = x.shape
-        native.check_channels(x, norm_weight, norm_bias, qkv_weight)
-        (dtype,), (weight, bias, qkv_weight_, qkv_bias) = self.parameters(
-            x, norm_weight, norm_bias, qkv_weight, qkv_bias
-        )
+        (dtype,), (*at_norm, at_weight), _owners = self.parameters(x, norm_weight, norm_bias, qkv_weight)
+        (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         width = qkv_weight.shape[0] // 3
         query, direction = x.new_empty((B, width)), x.new_empty((B, C))
         failure = self.call(
-            "cls_direction", x, dtype, B, T, 0, C, x.data_ptr(), x.stride(0), x.stride(1), native.address(weight),
-            native.address(bias), eps, native.address(qkv_weight_), native.address(qkv_bias), width,
-            query.data_ptr(), direction.data_ptr(),
+            "cls_direction", x, dtype, B, T, 0, C, x.data_ptr(), by_image, by_token, *at_norm, eps, at_weight,
+            0 if qkv_bias is None else qkv_bias.data_ptr(), width, query.data_ptr(), direction.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("cls_direction", failure, None, T)
         return direction
 
-    def _reads(self, x: Tensor, qkv_weight: Tensor) -> bool:
+    def _reads(self, x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None) -> bool:
         """Whether the kernel that computes directions takes these. It reads the weights once for a few images; from
         some number of images on, a matrix product is better."""
         return (
             x.shape[0] <= _MAX_DIRECTIONS
             and (x.dtype is torch.float32 or x.dtype is torch.float64)
             and qkv_weight.dtype is x.dtype
+            and (qkv_bias is None or (qkv_bias.dtype is x.dtype and qkv_bias.is_contiguous()))
             and x.stride(2) == 1
         )
 
@@ -98,21 +98,18 @@ class CPUOps(native.NativeOps):
         qkv_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         norm = (norm_weight, norm_bias, eps)
-        if not self._reads(x, qkv_weight):
+        if not self._reads(x, qkv_weight, qkv_bias):
             scores = self.token_scores(x, self.cls_direction(x, *norm, qkv_weight, qkv_bias), *norm)
             return self.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm)
-        B, T, C = x.shape
+        (dtype,), (*at_norm, at_weight), _owners = self.parameters(x, norm_weight, norm_bias, qkv_weight)
+        (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         n, width = num_prefix_tokens + num_keep, qkv_weight.shape[0] // 3
-        native.check_channels(x, norm_weight, norm_bias, qkv_weight)
-        (dtype,), (weight, bias, qkv_weight_, qkv_bias) = self.parameters(
-            x, norm_weight, norm_bias, qkv_weight, qkv_bias
-        )
         workspace = x.new_empty(B * (width + C + T))
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
-            "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), x.stride(0), x.stride(1),
-            native.address(weight), native.address(bias), eps, native.address(qkv_weight_), native.address(qkv_bias),
-            width, workspace.data_ptr(), indices.data_ptr(), normed.data_ptr(),
+            "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
+            *at_norm, eps, at_weight, 0 if qkv_bias is None else qkv_bias.data_ptr(), width, workspace.data_ptr(),
+            indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("cls_select_gather_norm", failure, None, T)

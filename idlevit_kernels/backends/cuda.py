@@ -50,13 +50,13 @@ class CUDAOps(native.NativeOps):
     def max_channels(self) -> int:  # type: ignore[override]
         return native.extension().CUDA_MAX_CHANNELS  # type: ignore[union-attr]
 
-    def parameters(self, x: Tensor, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    def parameters(self, x: Tensor, *tensors: Tensor | None) -> native.Parameters:
         """The kernels take parameters in the dtype of x or in the accumulate type, so that a model of half type and one
         under autocast need no conversion, which would be a launch."""
         dtypes = {t.dtype for t in tensors if t is not None}
         dtype = x.dtype if dtypes <= {x.dtype} else accumulate_dtype(x.dtype)
         code = native.DTYPES
-        return (code[x.dtype], code[dtype]), [native.dense_or_none(t, dtype) for t in tensors]
+        return native.parameters((code[x.dtype], code[dtype]), x, dtype, tensors)
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> str | None:
         device = x.get_device()

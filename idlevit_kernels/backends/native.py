@@ -9,7 +9,7 @@ import abc
 import functools
 import importlib
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,22 +40,9 @@ def missing() -> list[str]:
     return []
 
 
-def _shape(x: Tensor, n: int) -> tuple[int, int, int, int]:
-    B, T, C = x.shape
-    return B, T, n, C
-
-
 def _rows(x: Tensor) -> Tensor:
     """x itself where its channels are contiguous; a copy otherwise."""
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
-
-
-def _tokens(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1)
-
-
-def address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,15 +52,34 @@ def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.is_contiguous() else t.contiguous()
 
 
-def check_channels(x: Tensor, *tensors: Tensor | None) -> None:
-    """A kernel takes C from x alone; a narrower parameter would be read past its end."""
-    for t in tensors:
-        if t is not None and t.shape[-1] != x.shape[-1]:
-            raise value_error("native kernel", "a norm, gamma or direction", f"of C = {x.shape[-1]} channels", t)
-
-
-def dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else dense(t, dtype)
+
+
+class Parameters(NamedTuple):
+    """Of a norm, a LayerScale or a direction, as a kernel takes them."""
+
+    types: tuple[int, ...]  # what the kernel is told of the dtypes
+    addresses: list[int]  # 0 for None
+    owners: list[Tensor]  # copies that the addresses lie in: to be kept until the kernel has run
+
+
+def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> Parameters:
+    """The tensors [..., C] in the dtype. A kernel takes C from x alone; a narrower parameter would be read past its
+    end."""
+    channels = x.shape[-1]
+    addresses, owners = [], []
+    for t in tensors:
+        if t is None:
+            addresses.append(0)
+            continue
+        if t.shape[-1] != channels:
+            raise value_error("native kernel", "a norm, gamma or direction", f"of C = {channels} channels", t)
+        if t.dtype is not dtype or not t.is_contiguous():
+            t = dense(t, dtype)
+            owners.append(t)
+        addresses.append(t.data_ptr())
+    return Parameters(codes, addresses, owners)
 
 
 class NativeOps(abc.ABC):
@@ -98,8 +104,7 @@ class NativeOps(abc.ABC):
     def max_channels(self) -> int: ...
 
     @abc.abstractmethod
-    def parameters(self, x: Tensor, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[Tensor | None]]:
-        """What a kernel with parameters is told of the dtypes, and the parameters as it takes them."""
+    def parameters(self, x: Tensor, *tensors: Tensor | None) -> Parameters: ...
 
     @abc.abstractmethod
     def call(self, kernel: str, x: Tensor, *args: Any) -> Any:
@@ -133,15 +138,15 @@ class NativeOps(abc.ABC):
         self, x: Tensor, direction: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
     ) -> Tensor:
         x = _rows(x)
-        check_channels(x, direction, norm_weight, norm_bias)
-        types, (direction_, weight, bias) = self.parameters(x, direction, norm_weight, norm_bias)
-        scores = x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
+        types, (at_direction, *at_norm), _owners = self.parameters(x, direction, norm_weight, norm_bias)
+        (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
+        scores = x.new_empty((B, T), dtype=accumulate_dtype(x.dtype))
         failure = self.call(
-            "token_scores", x, *types, *_shape(x, 0), *_tokens(x), address(direction_), address(weight),
-            address(bias), eps, scores.data_ptr(),
+            "token_scores", x, *types, B, T, 0, C, x.data_ptr(), by_image, by_token, at_direction, *at_norm, eps,
+            scores.data_ptr(),
         )  # fmt: skip
         if failure:
-            raise self.error("token_scores", failure, None, x.shape[1])
+            raise self.error("token_scores", failure, None, T)
         return scores
 
     def select_tokens(self, scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
@@ -167,35 +172,35 @@ class NativeOps(abc.ABC):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x, scores = _rows(x), dense(scores, accumulate_dtype(x.dtype))
-        check_channels(x, norm_weight, norm_bias)
-        types, (weight, bias) = self.parameters(x, norm_weight, norm_bias)
+        types, at_norm, _owners = self.parameters(x, norm_weight, norm_bias)
+        (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         n = num_prefix_tokens + num_keep
-        indices = x.new_empty((x.shape[0], n), dtype=torch.int64)
-        normed = x.new_empty((x.shape[0], n, x.shape[2]))
+        indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
-            "select_gather_norm", x, *types, *_shape(x, n), num_prefix_tokens, *_tokens(x), scores.data_ptr(),
-            address(weight), address(bias), eps, indices.data_ptr(), normed.data_ptr(),
+            "select_gather_norm", x, *types, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
+            scores.data_ptr(), *at_norm, eps, indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:
-            raise self.error("select_gather_norm", failure, None, x.shape[1])
+            raise self.error("select_gather_norm", failure, None, T)
         return indices, normed
 
     def gather_tokens(self, x: Tensor, indices: Tensor) -> Tensor:
         x, indices = _rows(x), dense(indices, torch.int64)
-        out = x.new_empty((*indices.shape, x.shape[2]))
+        (B, T, C), (by_image, by_token, _), n = x.shape, x.stride(), indices.shape[1]
+        out = x.new_empty((B, n, C))
         failure = self.call(
-            "gather_tokens", x, DTYPES[x.dtype], *_shape(x, indices.shape[1]), *_tokens(x), indices.data_ptr(),
+            "gather_tokens", x, DTYPES[x.dtype], B, T, n, C, x.data_ptr(), by_image, by_token, indices.data_ptr(),
             out.data_ptr(),
         )  # fmt: skip
         if failure:
-            raise self.error("gather_tokens", failure, indices, x.shape[1])
+            raise self.error("gather_tokens", failure, indices, T)
         return out
 
     def gather_norm_backward(
         self, grad: Tensor, x: Tensor, indices: Tensor, norm_weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         acc = accumulate_dtype(x.dtype)
-        row, weight = self.gather_tokens(x, indices).to(acc), dense_or_none(norm_weight, acc)
+        row, weight = self.gather_tokens(x, indices).to(acc), _dense_or_none(norm_weight, acc)
         shape = row.shape[-1:]
         _, mean, rstd = torch.native_layer_norm(row, shape, weight, None, eps)
         ones = row.new_ones(shape) if weight is None else weight
@@ -216,16 +221,16 @@ class NativeOps(abc.ABC):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x, indices, branch = _rows(x), dense(indices, torch.int64), dense(branch, x.dtype)
-        check_channels(x, gamma, norm_weight, norm_bias)
-        types, (gamma, weight, bias) = self.parameters(x, gamma, norm_weight, norm_bias)
+        types, (at_gamma, *at_norm), _owners = self.parameters(x, gamma, norm_weight, norm_bias)
+        (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         tokens, normed = torch.empty_like(branch), torch.empty_like(branch)
         failure = self.call(
-            "gather_add_norm", x, *types, *_shape(x, indices.shape[1]), *_tokens(x), indices.data_ptr(),
-            branch.data_ptr(), address(gamma), scale, address(weight), address(bias), eps, tokens.data_ptr(),
+            "gather_add_norm", x, *types, B, T, indices.shape[1], C, x.data_ptr(), by_image, by_token,
+            indices.data_ptr(), branch.data_ptr(), at_gamma, scale, *at_norm, eps, tokens.data_ptr(),
             normed.data_ptr(),
         )  # fmt: skip
         if failure:
-            raise self.error("gather_add_norm", failure, indices, x.shape[1])
+            raise self.error("gather_add_norm", failure, indices, T)
         return tokens, normed
 
     def _scatter(
@@ -241,15 +246,16 @@ class NativeOps(abc.ABC):
     ) -> None:
         """Writes into ``out``; the rows that no index names come from x, or are zero where x is None."""
         indices, tokens = dense(indices, torch.int64), dense(tokens, out.dtype)
-        branch = dense_or_none(branch, out.dtype)
-        check_channels(out, gamma)
-        types, (gamma,) = self.parameters(out, gamma)
+        branch = _dense_or_none(branch, out.dtype)
+        types, (at_gamma,), _owners = self.parameters(out, gamma)
+        (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
+        source = (0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:2])
         failure = self.call(
-            "scatter_tokens", out, *types, *_shape(out, indices.shape[1]), *((0, 0, 0) if x is None else _tokens(x)),
-            indices.data_ptr(), tokens.data_ptr(), address(branch), address(gamma), scale, *_tokens(out),
+            "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
+            0 if branch is None else branch.data_ptr(), at_gamma, scale, out.data_ptr(), by_image, by_token,
         )  # fmt: skip
         if failure:
-            raise self.error(op, failure, indices, out.shape[1])
+            raise self.error(op, failure, indices, T)
 
     def _scatter_in_place(
         self,

@@ -87,10 +87,10 @@ def idle_block(
         BackendError: a named backend cannot run the call.
     """
     if cut is None and rope is None:
-        done = inference.run(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend))
+        done = inference.run(x, block, num_keep, num_prefix_tokens, scorer, inplace, resolve(backend, "idle_block"))
         if done is not None:
             out, indices = done
-            return (out, indices) if return_indices else out
+            return (out, _all_indices(x) if indices is None else indices) if return_indices else out
     check_tensor("idle_block", "x", x, "[B, T, C]", (None, None, None))
     check_counts("idle_block", x.shape[1], num_keep, num_prefix_tokens)
     scorer = check_scorer("idle_block", scorer, num_prefix_tokens)
@@ -174,6 +174,10 @@ def _dense(x: Tensor, block: Any, backend: str, rope: Tensor | None) -> Tensor:
     return torch.add(x, branch if gamma is None else gamma * branch, alpha=scale)
 
 
+def _all_indices(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+
 def _idle(
     x: Tensor,
     block: Any,
@@ -189,8 +193,7 @@ def _idle(
     token_cut = None if cut is None else x.new_zeros((), dtype=accumulate_dtype(x.dtype))
     if num_keep == x.shape[1] - num_prefix_tokens:
         out = _dense(x, block, backend, rope)
-        everything = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-        return (x.copy_(out) if inplace else out), token_cut, everything
+        return (x.copy_(out) if inplace else out), token_cut, _all_indices(x)
 
     if cut not in (None, "none"):
         scores = score_tokens(x, block, layer_norm_parameters(block.norm1), scorer, backend, rope)  # [B, T]

@@ -36,10 +36,13 @@ class IdleViTForTraining(nn.Module):
     def __init__(self, model: nn.Module, cut: str = "both"):
         super().__init__()
         family, found = find_family("IdleViTForTraining", model)
+        if not hasattr(family, "embed"):
+            raise TypeError(
+                f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}."
+                " Train it as the dense model is trained, without the token cut loss."
+            )
         if found is not model:
             raise type_error("IdleViTForTraining", "model", "a model with its classifier, not features_only", model)
-        if not hasattr(family, "embed"):
-            raise TypeError(f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}")
         if cut not in ROW_WEIGHTS:
             raise value_error("IdleViTForTraining", "cut", f"one of {list(ROW_WEIGHTS)}", cut)
         self.model, self.cut = model, cut

@@ -118,7 +118,7 @@ DIGITS: dict[str, Any] = {
     "data": "digits",
     "model": "digits_vit",
     "weights": "dense",
-    "epochs": 2,
+    "epochs": 6,
     "batch_size": 64,
     "lr": 8e-3,
     "min_lr": 1e-5,
@@ -133,9 +133,9 @@ DIGITS: dict[str, Any] = {
 DIGITS_DENSE: dict[str, Any] = DIGITS | {
     "weights": "none",
     "keep_ratio": 1.0,
-    "epochs": 14,
+    "epochs": 40,
     "lr": 1.6e-2,
-    "warmup_epochs": 3,
+    "warmup_epochs": 5,
     "freeze_embeddings": False,
 }
 

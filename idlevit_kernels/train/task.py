@@ -192,14 +192,15 @@ def _join(place: Place) -> World:
 
 def _open(recipe: Recipe, place: Place) -> Data:
     from timm.data import resolve_model_data_config
-    from timm.models import get_pretrained_cfg
+    from timm.models import PretrainedCfg, get_pretrained_cfg
 
     if (recipe.data == "digits") != (recipe.model == "digits_vit"):
         raise value_error("train", "model", "digits_vit for data 'digits', and another for other data", recipe.model)
     config: dict[str, Any] = {}
     if recipe.data != "digits":
         check_model_name("train", recipe.model)
-        config = resolve_model_data_config(None, pretrained_cfg=get_pretrained_cfg(recipe.model).to_dict())
+        known = get_pretrained_cfg(recipe.model) or PretrainedCfg()
+        config = resolve_model_data_config(None, pretrained_cfg=known.to_dict())
     return open_data(recipe, config, place.data_dir, place.download, place.val_split)
 
 

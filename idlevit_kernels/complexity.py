@@ -50,7 +50,10 @@ class MacReport:
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """(channels, height, width) that the model's patch embedding was built for; (3, 224, 224) where it does not say."""
     embed = getattr(getattr(model, "model", model), "patch_embed", None)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
+    first = (
+        next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None) if isinstance(embed, nn.Module) else None
+    )
+    channels = 3 if first is None else first.in_channels
     size = getattr(embed, "img_size", None)
     size = size or getattr(getattr(model, "config", None), "image_size", None) or 224  # a transformers model
     return (channels, size, size) if isinstance(size, int) else (channels, *size)

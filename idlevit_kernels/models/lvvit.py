@@ -40,6 +40,7 @@ class Stem(PatchEmbed):
         super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs)
         dd = {name: kwargs[name] for name in ("device", "dtype") if name in kwargs}
         half = patch_size // 2
+        del self.proj  # to come last
         self.conv1 = nn.Conv2d(in_chans, stem_channels, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(stem_channels, **dd)
         self.conv2 = nn.Conv2d(stem_channels, stem_channels, 3, padding=1, bias=False, **dd)

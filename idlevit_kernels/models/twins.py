@@ -104,8 +104,8 @@ def _shares(attn: Any, normed: Tensor, pooled: Tensor, size: tuple[int, int]) ->
     shares = (cells.to(acc) * by_place.to(acc)[:, None, :, None]).sum(5)  # [B, rows, R, columns, R]
     if attn.sr.bias is not None:
         shares = shares + (direction @ attn.sr.bias / R**2).view(-1, 1, 1, 1, 1)
-    rstd = (pooled.to(acc).var(2, correction=0) + attn.norm.eps).rsqrt().view(-1, rows, 1, columns, 1)
-    shares = (shares * rstd).flatten(3, 4).flatten(1, 2)
+    _, _, rstd = torch.native_layer_norm(pooled.to(acc), (C,), None, None, attn.norm.eps)
+    shares = (shares * rstd.view(-1, rows, 1, columns, 1)).flatten(3, 4).flatten(1, 2)
     return F.pad(shares, (0, W - columns * R, 0, H - rows * R)).flatten(1)
 
 

@@ -24,9 +24,9 @@ MODELS = {
     "v1": (V1, SMALL | {"window_size": 4}),
     "v1, padded": (V1, SMALL | {"window_size": 7}),
     "v1, oblong": (V1, SMALL | {"img_size": (48, 80), "window_size": (4, 5), "qkv_bias": False, "head_dim": 6}),
-    "v1, any size": (V1, SMALL | {"window_size": 3, "dynamic_img_size": True, "always_partition": True}),
+    "v1, any size": (V1, SMALL | {"window_size": 3, "strict_img_size": False, "always_partition": True}),
     "v2": (V2, SMALL | {"window_size": 4}),
-    "v2, padded": (V2, SMALL | {"window_size": 5, "qkv_bias": False}),
+    "v2, padded": (V2, SMALL | {"window_size": 5, "qkv_bias": False, "strict_img_size": False}),
 }
 
 
@@ -331,10 +331,9 @@ def test_batch_of_none_and_images_apart() -> None:
 
 def test_macs() -> None:
     """Table of Swin-T at 224 pixels, and one block by hand."""
-    with torch.device("meta"):
-        model = timm.create_model(V1)
-        assert ik.count_macs(model).total / 1e9 == pytest.approx(4.491, abs=1e-3)
-        report = ik.count_macs(ik.apply_idle(model, keep_ratio=0.7))
+    model = timm.create_model(V1)
+    assert ik.count_macs(model).total / 1e9 == pytest.approx(4.491, abs=1e-3)
+    report = ik.count_macs(ik.apply_idle(model, keep_ratio=0.7))
     assert report.total / 1e9 == pytest.approx(2.924, abs=1e-3)
     assert sum(report.per_layer.values()) == report.total
     C, M2, windows, K = 384, 49, 4, int(0.7**2 * 49)
@@ -369,7 +368,6 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match="^apply_idle: SwinTransformer cannot idle: its attention is Other"):
         ik.apply_idle(model)
     assert not ik.idle_blocks(model)
-    with torch.device("meta"):
-        unknown = timm.create_model("swinv2_cr_tiny_224")
+    unknown = timm.create_model("swinv2_cr_tiny_224", depths=(1, 1, 1, 1))
     with pytest.raises(TypeError, match="^apply_idle: model must be one of: .*SwinTransformerV2, .*; got timm"):
         ik.apply_idle(unknown)

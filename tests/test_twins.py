@@ -225,10 +225,9 @@ def test_half_types_and_batches() -> None:
 
 def test_macs() -> None:
     """Table of Twins-PCPVT-S at 224 pixels, and one block by hand."""
-    with torch.device("meta"):
-        model = timm.create_model(NAME)
-        assert ik.count_macs(model).total / 1e9 == pytest.approx(3.809, abs=1e-3)
-        report = ik.count_macs(ik.apply_idle(model, keep_ratio=0.7))
+    model = timm.create_model(NAME)
+    assert ik.count_macs(model).total / 1e9 == pytest.approx(3.809, abs=1e-3)
+    report = ik.count_macs(ik.apply_idle(model, keep_ratio=0.7))
     assert report.total / 1e9 == pytest.approx(2.659, abs=1e-3)
     assert sum(report.per_layer.values()) == report.total
     C, N, cells, K = 320, 14 * 14, 7 * 7, int(0.7**2 * 196)

@@ -194,13 +194,13 @@ def test_autocast(one_thread: None) -> None:
     assert all(p.grad.isfinite().all() for p in wrapped.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compile(fresh_compiler: None, checkpointing: bool) -> None:
+def test_compile(fresh_compiler: None, checkpointing: bool, backend: str) -> None:
     wrapped, x = make(depth=2), images()
     wanted = gradients(wrapped, x)
     wrapped.model.set_grad_checkpointing(checkpointing)
-    compiled = torch.compile(wrapped, fullgraph=True)
+    compiled = torch.compile(wrapped, fullgraph=True, backend=backend)
     found = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled, x).items()}
     assert_same(found, wanted, 1e-4)
 

@@ -69,8 +69,8 @@ def test_feature_maps_and_kept_tokens_agree(example: ModuleType) -> None:
     seen: dict[int, torch.Tensor] = {}
     for i, block in enumerate(model.backbone.model.blocks):
         block.register_forward_hook(lambda _, args, out, i=i: seen.update({i: (args[0] != out).any(-1)[:, 1:]}))
-    kept = example.kept_tokens(model, torch.randn(2, 3, 64, 64))
-    assert list(kept) == ["backbone.model.blocks.2", "backbone.model.blocks.6"]
-    assert torch.equal(kept["backbone.model.blocks.2"], seen[2])
-    assert torch.equal(kept["backbone.model.blocks.6"], seen[6])
-    assert [int(k.sum(1)[0]) for k in kept.values()] == [32, 16]
+    for image, layers in enumerate(example.selections(model, torch.randn(2, 3, 64, 64))):
+        assert [layer.name for layer in layers] == ["backbone.model.blocks.2", "backbone.model.blocks.6"]
+        assert [int(layer.kept.sum()) for layer in layers] == [32, 16]
+        for i, layer in zip((2, 6), layers, strict=True):
+            assert torch.equal(layer.kept.flatten(), seen[i][image])

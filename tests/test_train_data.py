@@ -179,6 +179,15 @@ def test_data_that_is_none_is_refused(folder, monkeypatch, name, error, expected
         open_data(Recipe(data=name), CONFIG, None)
 
 
+def test_data_that_timm_cannot_open_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="timm cannot open the data set torch/cifar10: Dataset not found"):
+        open_data(Recipe(data="torch/cifar10"), CONFIG, tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"timm cannot open the data set {tmp_path}/train: Found 0 images"):
+        open_data(Recipe(data=str(tmp_path)), CONFIG, None)
+
+
 def test_fewer_images_than_a_batch_are_refused():
     with pytest.raises(ValueError, match="at most the 96 training images"):
         keys(Recipe(batch_size=128, min_lr=0.0))

@@ -158,7 +158,7 @@ def open_data(
     """
     if recipe.data == "digits":
         return Data(Digits(True, recipe.seed), Digits(False, recipe.seed), Digits.CLASSES, Digits.INPUT_SIZE)
-    from timm.data import create_dataset, create_transform
+    from timm.data import create_transform
 
     size = recipe.image_size or config["input_size"][-1]
     common = {"input_size": (3, size, size), "mean": config["mean"], "std": config["std"], "use_prefetcher": False}
@@ -176,11 +176,11 @@ def open_data(
     root = Path(recipe.data)
     if root.is_dir():
         splits = [_split(root, "train", "training"), _split(root, "val", "validation", "valid", "eval")]
-        train, val = (create_dataset("", str(split)) for split in splits)
+        train, val = (_create("", root=str(split)) for split in splits)
         _check_folders(splits, train.reader.class_to_idx, val.reader.class_to_idx)
     elif recipe.data.partition("/")[0] in ("torch", "hfds"):
         options: dict[str, Any] = {"root": str(directory) if directory else None, "download": download}
-        train, val = (create_dataset(recipe.data, split=split, **options) for split in ("train", val_split))
+        train, val = (_create(recipe.data, split=split, **options) for split in ("train", val_split))
     elif recipe.data.partition("/")[0] in ("tfds", "wds", "hfids"):
         expected = (
             "a data set with images by number (a folder, torch/..., hfds/...); a stream cannot be resumed exactly"
@@ -193,6 +193,15 @@ def open_data(
         raise value_error("train", "data", "a data set with images by number", recipe.data)
     train.transform = val.transform = None
     return Data(Images(train, augment, True), Images(val, crop, False), _num_classes(train), (3, size, size))
+
+
+def _create(name: str, **options: Any) -> Any:
+    from timm.data import create_dataset
+
+    try:
+        return create_dataset(name, **options)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(f"train: timm cannot open the data set {name or options['root']}: {error}") from error
 
 
 def _split(root: Path, *names: str) -> Path:

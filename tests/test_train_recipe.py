@@ -76,3 +76,17 @@ def test_digits_have_recipes_of_their_own_and_what_is_given_wins():
     assert recipe_for({"keep_ratio": 1.0, "seed": 3}) == Recipe(**DIGITS_DENSE, seed=3)
     assert recipe_for({"data": "folder", "epochs": 5}) == Recipe(data="folder", epochs=5)
     assert recipe_for({"seed": 3, "epochs": 5}, only=("seed",)) == Recipe(**DIGITS, seed=3)
+
+
+def test_a_schedule_is_given_as_numbers_or_as_a_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text('{"schedule": [1.0, 0.7, 0.5, 0.25]}')
+    recipe = Recipe(schedule=str(path))
+    assert recipe.schedule == "1,0.7,0.5,0.25"  # what a checkpoint holds needs no file
+    assert recipe.idle == Recipe(schedule="1,0.7,0.5,0.25").idle == {"schedule": [1.0, 0.7, 0.5, 0.25]}
+    assert Recipe().idle == {"keep_ratio": 0.7}
+    for bad, expected in (("1,2", r"in \(0, 1\]"), ("missing.json", "missing.json")):
+        with pytest.raises((ValueError, OSError), match=expected):
+            Recipe(schedule=bad)
+    with pytest.raises(ValueError, match="train: schedule must be left out where keep_ratio is 1"):
+        Recipe(schedule="1,0.5", keep_ratio=1.0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import type_error, value_error
-from ..schedule import check_ratio
+from ..schedule import check_ratio, check_schedule, read_schedule
 
 # Where a default comes from.
 PAPER = "arXiv 2310.05654, section 4.1"
@@ -33,6 +33,9 @@ class Recipe:
     model: str = _hyper("deit_small_patch16_224", PAPER, "Name of a timm VisionTransformer, or digits_vit.")
     image_size: int | None = _hyper(None, HERE, "Height and width of images; by default what the model was made for.")
     keep_ratio: float = _hyper(0.7, PAPER, "Share of image tokens that the first idle stage keeps; 1 trains dense.")
+    schedule: str | None = _hyper(
+        None, HERE, "A ratio for each layer, over --keep-ratio: 1,1,0.7,0.5, or the file that `idlevit tune` wrote."
+    )
 
     weights: str = _hyper("pretrained", PAPER, "To start from: pretrained (timm's), a file, none, or dense (digits).")
     teacher: str | None = _hyper(
@@ -69,6 +72,10 @@ class Recipe:
         for field in dataclasses.fields(self):
             _check_type(field.name, getattr(self, field.name), str(field.type))
         object.__setattr__(self, "keep_ratio", check_ratio("train", self.keep_ratio))
+        if self.schedule is not None:
+            _check("schedule", self.keep_ratio < 1, "left out where keep_ratio is 1", self.schedule)
+            # As numbers, so that a run does not depend on a file.
+            object.__setattr__(self, "schedule", ",".join(f"{r:g}" for r in _ratios(self.schedule)))
         for name in ("epochs", "batch_size", "accumulate", "aug_repeats"):
             _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
         for (
@@ -89,6 +96,11 @@ class Recipe:
         )
         expected = f"at most the scaled learning rate, lr * batch_size / 512 = {self.scaled_lr:g}"
         _check("min_lr", self.min_lr <= self.scaled_lr, expected, self.min_lr)
+
+    @property
+    def idle(self) -> dict[str, Any]:
+        """The arguments of ``apply_idle`` that say how many tokens each layer keeps."""
+        return {"keep_ratio": self.keep_ratio} if self.schedule is None else {"schedule": _ratios(self.schedule)}
 
     @property
     def scaled_lr(self) -> float:
@@ -146,6 +158,15 @@ def recipe_for(given: dict[str, Any], only: Sequence[str] | None = None) -> Reci
     if given.get("data", "digits") == "digits":
         preset = DIGITS_DENSE if given.get("keep_ratio") == 1 else DIGITS
     return Recipe(**(preset | {k: v for k, v in given.items() if only is None or k in only}))
+
+
+def _ratios(schedule: str) -> list[float]:
+    parts = schedule.split(",")
+    try:
+        ratios = [float(part) for part in parts]
+    except ValueError:
+        return read_schedule("train", schedule)
+    return check_schedule("train", ratios, len(ratios))
 
 
 def _check(name: str, holds: bool, expected: str, got: Any) -> None:

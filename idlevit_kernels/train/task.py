@@ -85,18 +85,18 @@ def train(given: dict[str, Any], options: Options, place: Place, resume: str | N
         dense.eval().requires_grad_(False)
         model = copy.deepcopy(dense).requires_grad_(True)
         if recipe.keep_ratio < 1:
-            apply_idle(model, recipe.keep_ratio)
+            apply_idle(model, **recipe.idle)
         teacher: nn.Module | None = None
         if recipe.distill_weight and recipe.keep_ratio < 1:
             teacher = copy.deepcopy(dense) if recipe.teacher is None else _teacher(recipe, data)
         torch.manual_seed(recipe.seed + world.rank)
         trainer = Trainer(recipe, model, data, world, teacher, options)
-        name = "dense" if recipe.keep_ratio == 1 else f"idle {recipe.keep_ratio:g}"
+        name = "dense" if recipe.keep_ratio == 1 else f"idle {recipe.schedule or f'{recipe.keep_ratio:g}'}"
         _fit(name, trainer, resume, console)
 
         models = {"dense, at the start": dense.to(world.device)}
         if recipe.keep_ratio < 1:
-            models["idle, before"] = apply_idle(copy.deepcopy(dense), recipe.keep_ratio)
+            models["idle, before"] = apply_idle(copy.deepcopy(dense), **recipe.idle)
         models[f"{name.partition(' ')[0]}, trained"] = trainer.model
         models[f"{name.partition(' ')[0]}, moving average"] = trainer.ema.module
         rows = compare(models, data, world, recipe.dtype, 2 * trainer.batches.size, options, place.seconds)
@@ -140,7 +140,9 @@ def evaluate_run(
             model.load_state_dict(weights)
         model.eval().requires_grad_(False).to(world.device)
         models = {"dense": model}
-        for ratio in keep_ratios or [recipe.keep_ratio]:
+        if recipe.schedule is not None and not keep_ratios:
+            models["idle, as trained"] = apply_idle(copy.deepcopy(model), **recipe.idle)
+        for ratio in keep_ratios or ([recipe.keep_ratio] if recipe.schedule is None else []):
             if check_ratio("eval", ratio) < 1:
                 models[f"idle, {ratio:g}"] = apply_idle(copy.deepcopy(model), ratio)
         batch = max(1, min(64, recipe.batch_size // world.size))
@@ -248,4 +250,5 @@ def _fit(name: str, trainer: Trainer, resume: str | None, console: Console) -> N
 def _title(recipe: Recipe, data: Data, unreadable: int = 0) -> str:
     left_out = f"; {unreadable} training image{'s' * (unreadable > 1)} could not be read" if unreadable else ""
     size = "x".join(map(str, data.input_size))
-    return f"{recipe.model} on {recipe.data}, {size}, {recipe.dtype}, keep ratio {recipe.keep_ratio:g}{left_out}"
+    idling = f"keep ratio {recipe.keep_ratio:g}" if recipe.schedule is None else f"keep ratios {recipe.schedule}"
+    return f"{recipe.model} on {recipe.data}, {size}, {recipe.dtype}, {idling}{left_out}"

@@ -54,7 +54,7 @@ def _define(schema: str) -> Any:
     _lib.define(f"{name}({arguments}, *, str backend='auto') ->{result}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, backend: str = "auto") -> Any:
-        function = backends.kernel(name, backend, args)
+        function = backends.kernel(name, backends.resolve(backend, name), args)
         if torch.is_autocast_enabled(args[0].device.type):  # the op's types are those of its arguments
             with torch.autocast(args[0].device.type, enabled=False):
                 result = function(*args)

@@ -70,7 +70,9 @@ def read_schedule(op: str, path: str | os.PathLike[str]) -> list[float]:
 
 
 def num_kept(keep_ratio: float, num_image_tokens: int) -> int:
-    """K = int(keep_ratio * N), at least 1. The symbolic forms keep an exported program open to other image sizes."""
+    """K = int(keep_ratio * N), at least 1."""
     if keep_ratio == 1:
         return num_image_tokens
-    return torch.sym_max(1, torch.sym_int(keep_ratio * num_image_tokens))  # type: ignore[return-value]
+    if isinstance(num_image_tokens, torch.SymInt):  # torch.export: ``int`` would fix the image size
+        return torch.sym_max(1, torch.sym_int(keep_ratio * num_image_tokens))  # type: ignore[return-value]
+    return max(1, int(keep_ratio * num_image_tokens))

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from .. import env
 from ..errors import BackendError, describe, value_error
 
@@ -56,6 +58,8 @@ def resolve(backend: str, op: str) -> str:
     """The backend a call of the op asks for: its own argument, else that of ``use_backend`` or IDLEVIT_BACKEND."""
     if backend != "auto":
         return check_name(backend, op)
+    if torch.compiler.is_dynamo_compiling():  # not every release can trace the next line; the op asks again at its call
+        return backend
     chosen = _current.get()
     return check_name(_FROM_ENVIRONMENT, "IDLEVIT_BACKEND", "the name") if chosen is None else chosen
 

@@ -305,12 +305,11 @@ class IdleBlock(nn.Module):
         num_keep = num_kept(self.keep_ratio, x.shape[1] - self.num_prefix_tokens)
         return idle_block(x, self, num_keep, self.num_prefix_tokens, self.scorer, inplace, cut=cut, rope=rope)
 
-    def observed(self) -> bool:
-        """Whether anything but this block may hold its input or output: a hook, a replaced method, an unknown norm."""
+    def hooked(self) -> bool:
+        """Whether a hook or a replaced method sees its input or output."""
         return (
             bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
             or "forward" in self.__dict__
-            or layer_norm_parameters(self.parts().norm1) is None
         )
 
     def dense_block(self) -> nn.Module:
@@ -336,9 +335,18 @@ class IdleSequential(nn.Sequential):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _has_any_global_hook():
             return super().forward(x)
         owned = False  # x is a buffer that only this loop knows
+        backend = resolve("auto", "idle_block")
         block: Any
-        for block in self:
-            private = isinstance(block, IdleBlock) and not block.observed()
-            x = block(x, inplace=True) if owned and private and block.keep_ratio < 1 else block(x)
-            owned = private
+        for block in self._modules.values():
+            hooked = not isinstance(block, IdleBlock) or block.hooked()
+            inplace = owned and not hooked and block.keep_ratio < 1
+            done = None
+            if not hooked:
+                num_keep = num_kept(block.keep_ratio, x.shape[1] - block.num_prefix_tokens)
+                done = inference.run(x, block, num_keep, block.num_prefix_tokens, block.scorer, inplace, backend)
+            if done is not None:
+                x, owned = done[0], True
+            else:
+                owned = not hooked and layer_norm_parameters(block.parts().norm1) is not None
+                x = block(x, inplace=True) if inplace and owned else block(x)
         return x

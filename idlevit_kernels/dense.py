@@ -64,7 +64,7 @@ def _onednn_is_faster() -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     extension = native.extension()
-    return not (torch.backends.mkl.is_available() and extension is not None and extension.cpu_is_intel)
+    return not (torch.backends.mkl.is_available() and getattr(extension, "cpu_is_intel", False))
 
 
 # A call of oneDNN costs some 20 us more than one of the BLAS; with fewer multiply-accumulates it does not pay.

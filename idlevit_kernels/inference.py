@@ -8,6 +8,7 @@ costs microseconds: at 67 of 196 tokens of DeiT-S that was a tenth of the block.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import Any
 
@@ -112,14 +113,15 @@ class Plan:
             for part in modules
             for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         ]
-        self.same: list[tuple[dict[str, Any], str, Any]] = []
+        same: list[tuple[dict[str, Any], str, Any]] = []
         for part in (block, *modules):
-            self.same += [(part._modules, name, child) for name, child in part._modules.items()]
-            self.same += [(part._parameters, name, parameter) for name, parameter in part._parameters.items()]
+            same += [(part._modules, name, child) for name, child in part._modules.items()]
+            same += [(part._parameters, name, parameter) for name, parameter in part._parameters.items()]
             if part is not block:
-                self.same.append((part.__dict__, "forward", None))
+                same.append((part.__dict__, "forward", None))
                 if isinstance(part, nn.Dropout) or not (part._modules or part._parameters):
-                    self.same.append((part.__dict__, "training", part.training))
+                    same.append((part.__dict__, "training", part.training))
+        self.places, self.names, self.values = zip(*same, strict=True)
 
     def attend(self, y: Tensor) -> Tensor:
         B, n, _ = y.shape
@@ -165,4 +167,5 @@ class Plan:
         return found
 
     def holds(self) -> bool:
-        return not any(self.empty) and all(place.get(name) is value for place, name, value in self.same)
+        # No loop of Python's: this runs in every layer.
+        return not any(self.empty) and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))

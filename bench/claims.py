@@ -43,18 +43,19 @@ DENSE = "dense"
 OPTIONS = Options(val_epochs=1000)  # only the last epoch is evaluated
 
 
-class DroppingBlock(nn.Module):
+class DroppingBlock(ik.IdleBlock):
     """A block of a model that drops tokens, as EViT does (arXiv 2202.07800, without its fused token).
 
-    It selects and computes what an idle layer would, among the tokens that are left, and returns no others.
+    It selects and computes what an idle layer would, among the tokens that are left, and returns no others. Its keep
+    ratio is 1, so that the training form takes it for a dense block: it has no token cut loss.
     """
 
     def __init__(self, block: nn.Module, num_keep: int):
-        super().__init__()
-        self.block, self.num_keep = block, num_keep
+        super().__init__(block, 1.0)
+        self.num_keep = num_keep
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, indices = ik.idle_block(x, self.block, self.num_keep, return_indices=True)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x, indices = ik.idle_block(x, self, self.num_keep, return_indices=True)
         return ik.gather_tokens(x, indices)
 
 

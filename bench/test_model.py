@@ -1,28 +1,25 @@
 """Whole models: dense and IdleViT, eager and compiled, and the other methods of ``peers``, on DeiT-S at keep ratio 0.7.
 
-The table is for a look; ``idlevit bench --peers`` times all of them in alternation and is what README quotes.
+``idlevit bench --peers`` takes more keep ratios, batch sizes and time; its figures are those in README.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from idlevit_kernels.benchmark import DENSE, ModelBenchmark
+from idlevit_kernels.latency import rotating
+from idlevit_kernels.timing import Timing, alternated_samples
 
 MODEL, KEEP_RATIO = "deit_small_patch16_224", 0.7
+SECONDS = 20.0  # for each group
 EQUAL = {"IdleViT": "released order"}  # must give the same logits
-
-
-@pytest.fixture(scope="module")
-def models() -> ModelBenchmark:
-    torch.manual_seed(0)
-    return ModelBenchmark(MODEL, [KEEP_RATIO], [1], peers=True)
-
-
 METHODS = [
     "dense",
     "IdleViT",
@@ -32,6 +29,32 @@ METHODS = [
     "ToMe, equal MACs",
     "DynamicViT, equal MACs",
 ]
+
+
+@functools.cache
+def measured() -> ModelBenchmark:
+    torch.manual_seed(0)
+    return ModelBenchmark(MODEL, [KEEP_RATIO], [1], peers=True)
+
+
+@functools.cache
+def comparison(batch: int, compiled: bool) -> dict[str, list[float]]:
+    """Seconds per call, of each method, measured in alternation."""
+    models = {variant.method: model for variant, model in measured().models.items()}
+    like = next(measured().dense.parameters())
+    shape = (batch, *measured().input_size)
+    x = torch.randn(shape, device=like.device, dtype=like.dtype)
+    calls = {}
+    for method in METHODS:
+        model = models[method]
+        if compiled:
+            torch.compiler.reset()
+            model = torch.compile(model, fullgraph=True, dynamic=False)
+        torch.testing.assert_close(model(x), models[EQUAL.get(method, method)](x), rtol=1e-3, atol=1e-3)
+        calls[method] = rotating(model, shape, like)
+    return alternated_samples(calls, SECONDS, device=like.device)
+
+
 CASES = [
     pytest.param(batch, method, compiled, marks=[] if batch == 8 and not compiled else pytest.mark.full)
     for batch, compiled, method in itertools.product((1, 8, 32), (False, True), METHODS)
@@ -39,31 +62,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("batch", "method", "compiled"), CASES)
-def test_model(benchmark: Any, models: ModelBenchmark, batch: int, method: str, compiled: bool) -> None:
-    benchmark.group = f"{MODEL}, keep ratio {KEEP_RATIO}, batch {batch}{', compiled' if compiled else ''}"
-    by_name = {variant.method: (variant, model) for variant, model in models.models.items()}
-    variant, model = by_name[method]
-    like = next(models.dense.parameters())
-    inputs = torch.randn(3, batch, *models.input_size, device=like.device, dtype=like.dtype)
-    wanted = by_name[EQUAL.get(method, method)][1](inputs[0])
-    if compiled:
-        torch.compiler.reset()
-        model = torch.compile(model, fullgraph=True, dynamic=False)
-    torch.testing.assert_close(model(inputs[0]), wanted, rtol=1e-3, atol=1e-3)
-
-    rotation = itertools.cycle(inputs)
-    synchronize = torch.cuda.synchronize if like.is_cuda else lambda: None
-
-    def run() -> None:
-        model(next(rotation))
-        synchronize()
-
-    benchmark(run)
+def test_model(benchmark: Any, replay: Callable[..., Timing], batch: int, method: str, compiled: bool) -> None:
+    benchmark.group = f"{MODEL}, keep ratio {KEEP_RATIO}, batch {batch:2d}{', compiled' if compiled else ''}"
+    benchmark.name = method
+    samples = comparison(batch, compiled)[method]
+    models = measured()
+    variant = next(variant for variant in models.models if variant.method == method)
     macs = models.macs[variant]
-    seconds = benchmark.stats.stats.median if benchmark.stats else float("nan")
-    benchmark.extra_info |= {
-        "setting": variant.setting,
-        "images_per_s": batch / seconds,
-        "gflop_per_s": 2 * batch * macs / seconds / 1e9,
-        "mac_bound": models.macs[DENSE] / macs,
-    }
+    timing = replay(samples, models.device, setting=variant.setting, mac_bound=models.macs[DENSE] / macs)
+    benchmark.extra_info["images_per_s"] = batch / timing.median
+    benchmark.extra_info["gflop_per_s"] = 2 * batch * macs / timing.median / 1e9

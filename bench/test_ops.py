@@ -1,10 +1,13 @@
-"""Each fused op beside the plain PyTorch sequence that it replaces, on the shapes of DeiT-S at keep ratio 0.7.
+"""Each op on every backend that can run, beside the plain PyTorch it replaces, on DeiT-S's shapes at keep ratio 0.7.
 
-Both sides do the same work on the same tensors; the result is checked against the reference before it is timed.
+All forms of a group do the same work on the same tensors; each result is checked against the float64 reference before
+it is timed. With ``-m full`` the reference under torch.compile is timed too, beside the others.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +16,31 @@ import torch
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import testing
+from idlevit_kernels import backends, reference, testing
+from idlevit_kernels.benchmark import find_device
+from idlevit_kernels.info import backend_reasons
+from idlevit_kernels.timing import Timing, alternated_samples
 
+DEVICE = find_device("bench", None)
 CASES = {batch: testing.Case(batch, 196, 384, 137) for batch in (1, 8, 32)}
+SECONDS = 1.5  # for each group
+INPUTS = 3  # sets of arguments, which each form goes round
+
+
+def _rows(indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return indices.unsqueeze(-1).expand(-1, -1, x.shape[2])
 
 
 def _gather(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+    return x.gather(1, _rows(indices, x))
+
+
+def _scatter(x: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return x.scatter(1, _rows(indices, x), tokens)
+
+
+def _expand(tokens: torch.Tensor, indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    return _scatter(tokens.new_zeros(len(tokens), num_tokens, tokens.shape[2]), indices, tokens)
 
 
 def _cls_direction(x: Any, w: Any, b: Any, eps: float, qkv_weight: Any, qkv_bias: Any) -> torch.Tensor:
@@ -34,7 +55,7 @@ def _token_scores(x: Any, direction: Any, w: Any, b: Any, eps: float) -> torch.T
 
 def _select_tokens(scores: Any, num_keep: int, prefix: int) -> torch.Tensor:
     kept = scores[:, prefix:].topk(num_keep, dim=1, sorted=False).indices.sort(dim=1).values + prefix
-    return torch.cat([torch.arange(prefix).expand(len(scores), -1), kept], dim=1)
+    return torch.cat([torch.arange(prefix, device=scores.device).expand(len(scores), -1), kept], dim=1)
 
 
 def _select_gather_norm(x: Any, scores: Any, num_keep: int, prefix: int, w: Any, b: Any, eps: float) -> Any:
@@ -48,7 +69,7 @@ def _gather_add_norm(x: Any, indices: Any, branch: Any, gamma: Any, scale: float
 
 
 def _scatter_add_tokens(x: Any, indices: Any, tokens: Any, branch: Any, gamma: Any, scale: float) -> torch.Tensor:
-    return x.scatter(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[2]), tokens + scale * gamma * branch)
+    return _scatter(x, indices, tokens + scale * gamma * branch)
 
 
 PLAIN: dict[str, Callable[..., Any]] = {
@@ -56,20 +77,76 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "token_scores": _token_scores,
     "select_tokens": _select_tokens,
     "select_gather_norm": _select_gather_norm,
+    "gather_tokens": _gather,
     "gather_add_norm": _gather_add_norm,
+    "scatter_tokens": _scatter,
     "scatter_add_tokens": _scatter_add_tokens,
+    "expand_tokens": _expand,
 }
 
 
-@pytest.mark.parametrize("batch", CASES)
-@pytest.mark.parametrize("op", PLAIN)
-@pytest.mark.parametrize("form", ["fused", "plain"])
-def test_op(benchmark: Any, op: str, batch: int, form: str) -> None:
+def bytes_moved(op: str, case: testing.Case) -> int:
+    """What the op must read and write, float32: each value once, idle tokens only where they are needed."""
+    T, n, C = case.T, case.P + case.K, case.C
+    values = {
+        "cls_direction": 2 * C + 2 * C * C / case.B,  # one row in, one out, and the weights once
+        "token_scores": (T + 1) * C + T,
+        "select_tokens": T + 2 * n,
+        "select_gather_norm": 2 * n * C + T + 2 * n,
+        "gather_tokens": 2 * n * C + 2 * n,
+        "gather_add_norm": 4 * n * C + 2 * n,
+        "scatter_tokens": 2 * T * C + 2 * n,
+        "scatter_add_tokens": (2 * T + n) * C + 2 * n,
+        "expand_tokens": (T + n) * C + 2 * n,
+    }
+    return int(4 * case.B * values[op])
+
+
+def forms(op: str) -> list[str]:
+    arguments = testing.make_arguments(op, CASES[1], device=DEVICE.type)
+    usable = [name for name, reasons in backend_reasons().items() if not reasons]
+    return [*(name for name in usable if not backends.module(name).reasons(op, arguments)), "plain"]
+
+
+def call(op: str, form: str) -> Callable[..., Any]:
+    if form == "compiled reference":
+        return torch.compile(getattr(reference, op), fullgraph=True, dynamic=False)
+    return PLAIN[op] if form == "plain" else functools.partial(getattr(ik, op), backend=form)
+
+
+@functools.cache
+def comparison(op: str, batch: int, compiled: bool) -> dict[str, list[float]]:
+    """Seconds per call, of each form, measured in alternation."""
     case = CASES[batch]
-    benchmark.group = f"{op}, batch {batch}"
-    arguments = testing.make_arguments(op, case)
-    call = getattr(ik, op) if form == "fused" else PLAIN[op]
-    result = call(*arguments)
-    outputs = [result] if isinstance(result, torch.Tensor) else list(result)
-    testing.check(op, outputs, testing.expected(op, arguments), case.dtype)
-    benchmark(call, *arguments)
+    arguments = [testing.make_arguments(op, case, seed, DEVICE.type) for seed in range(INPUTS)]
+    calls = {form: call(op, form) for form in (*forms(op), *(["compiled reference"] if compiled else []))}
+    wanted = testing.expected(op, arguments[0])
+    for function in calls.values():
+        result = function(*arguments[0])
+        testing.check(op, [result] if isinstance(result, torch.Tensor) else list(result), wanted, case.dtype)
+    return alternated_samples({form: _rotating(calls[form], arguments) for form in calls}, SECONDS, device=DEVICE)
+
+
+def _rotating(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any]:
+    rotation = itertools.cycle(arguments)
+    return lambda: function(*next(rotation))
+
+
+GROUPS = [(op, batch, compiled) for compiled in (False, True) for op in PLAIN for batch in CASES]
+
+
+@pytest.mark.parametrize(
+    ("op", "batch", "compiled", "form"),
+    [
+        pytest.param(op, batch, compiled, form, marks=pytest.mark.full if compiled else [])
+        for op, batch, compiled in GROUPS
+        for form in (*forms(op), *(["compiled reference"] if compiled else []))
+    ],
+)
+def test_op(benchmark: Any, replay: Callable[..., Timing], op: str, batch: int, compiled: bool, form: str) -> None:
+    benchmark.group = f"{op}, batch {batch:2d}{', beside torch.compile' if compiled else ''}"
+    benchmark.name = form
+    samples = comparison(op, batch, compiled)[form]
+    moved = bytes_moved(op, CASES[batch])
+    timing = replay(samples, DEVICE, bytes=moved)
+    benchmark.extra_info["gb_per_s"] = moved / timing.median / 1e9

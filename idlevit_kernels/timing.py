@@ -52,7 +52,18 @@ def alternate(
     device: torch.device | str = "cpu",
     on_progress: Callable[[float], None] = lambda fraction: None,
 ) -> dict[Name, Timing]:
-    """Times every call once a round, in a new order each round, after one round of warm-up.
+    """The ``Timing`` of each call's ``alternated_samples``; arguments and errors are those."""
+    return _summary(alternated_samples(calls, seconds, min_rounds, device, on_progress))
+
+
+def alternated_samples(
+    calls: Mapping[Name, Callable[[], object]],
+    seconds: float,
+    min_rounds: int = 5,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> dict[Name, list[float]]:
+    """Times every call once a round, in a new order each round, after one round of warm-up: seconds per call.
 
     Args:
         calls: what to time, by name. Each call should take its input from a small rotating set.
@@ -103,7 +114,7 @@ def alternate(
             rounds, round_seconds = rounds + 1, elapsed() - round_begin
     except KeyboardInterrupt:
         raise Interrupted(_summary(samples) if all(samples.values()) else {}) from None
-    return _summary(samples)
+    return samples
 
 
 def _summary(samples: Mapping[Name, Sequence[float]]) -> dict[Name, Timing]:

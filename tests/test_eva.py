@@ -8,7 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
-from test_masked_form import assert_equal, gradients
+from comparison import assert_equal, assert_equal_gradients, check_masked_form, gradients
 from test_models import noisy
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
@@ -105,26 +105,10 @@ def masked_form(model: nn.Module, image: Tensor, schedule: list[float]) -> tuple
 def test_equals_the_masked_form(name: str, ratio: float) -> None:
     model = make(name, drop_path_rate=0.3).double()
     image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    schedule = ik.idle_schedule(4, ratio)
-    wanted, wanted_grads = {}, {}
     for training in (False, True):
-        torch.manual_seed(1)  # of stochastic depth
-        wanted[training], _ = masked_form(model.train(training), image, schedule)
-        wanted_grads[training] = gradients(model, wanted[training])
-    ik.apply_idle(model, keep_ratio=ratio)
-    for backend in ("cpu", "reference"):
-        for training in (False, True):
-            with ik.use_backend(backend):
-                torch.manual_seed(1)
-                found = model.train(training)(image)
-                assert_equal(found, wanted[training], f"logits on {backend}")
-                grads = gradients(model, found)
-                for key, grad in wanted_grads[training].items():
-                    assert (grad is None) == (grads[key] is None), key
-                    if grad is not None:
-                        assert_equal(grads[key], grad, f"gradient of {key}")
-    with torch.no_grad():
-        assert_equal(model.eval()(image), wanted[False], "logits without gradients")
+        check_masked_form(
+            model.train(training), image, [ik.idle_schedule(4, ratio)], lambda *args: masked_form(*args)[0]
+        )
 
 
 @each_model
@@ -141,9 +125,7 @@ def test_training_form(name: str) -> None:
         out = wrapped(image)
         assert_equal(torch.cat([out.logits.flatten(), out.token_cut]), wanted, "logits and cuts")
         found = gradients(model, torch.cat([out.logits.flatten(), out.token_cut]))
-        for key, grad in wanted_grads.items():
-            if grad is not None:
-                assert_equal(found[key], grad, f"gradient of {key}")
+        assert_equal_gradients(found, wanted_grads)
     assert out.features.shape == (2, model.num_features)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_masked_form import MODELS, assert_equal, make
+from comparison import assert_equal, assert_equal_gradients
+from test_masked_form import MODELS, make
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,10 +75,7 @@ def test_total_and_all_gradients_equal_the_masked_form(name: str, kind: str) -> 
     )
     assert not any(part.requires_grad for part in parts.values())
     found_grads = gradients(model, found)
-    for key, grad in wanted_grads.items():
-        assert (grad is None) == (found_grads[key] is None), key
-        if grad is not None:
-            assert_equal(found_grads[key], grad, f"gradient of {key}")
+    assert_equal_gradients(found_grads, wanted_grads)
 
 
 def output(**kwargs: Any) -> ik.IdleViTOutput:

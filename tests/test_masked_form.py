@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from comparison import assert_equal, check_masked_form
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
@@ -48,23 +49,6 @@ def make(name: str) -> nn.Module:
     return model
 
 
-def outputs(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A distilled model in training returns two logits."""
-    return torch.cat(result) if isinstance(result, tuple) else result
-
-
-def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    limit = 1e-10 * max(1.0, float(wanted.detach().abs().max()))
-    error = float((found - wanted).detach().abs().max())
-    assert error <= limit, f"{what}: {error:.1e}"
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     "name, ratio",
@@ -80,25 +64,7 @@ def test_logits_and_all_gradients(name: str, ratio: float, training: bool) -> No
     schedule = ik.idle_schedule(len(model.blocks), ratio)
     scorer = "cls" if model.has_class_token else "mean"
 
-    torch.manual_seed(1)  # of stochastic depth
-    wanted = outputs(masked_form(model, image, schedule, scorer))
-    wanted_grads = gradients(model, wanted)
-
-    ik.apply_idle(model, keep_ratio=ratio)
-    for backend in ("cpu", "reference"):
-        with ik.use_backend(backend):
-            torch.manual_seed(1)
-            found = outputs(model(image))
-            assert_equal(found, wanted, f"logits on {backend}")
-            found_grads = gradients(model, found)
-            with torch.no_grad():
-                torch.manual_seed(1)
-                assert_equal(outputs(model(image)), wanted, f"logits without gradients on {backend}")
-    assert found_grads.keys() == wanted_grads.keys()
-    for key, grad in wanted_grads.items():
-        assert (grad is None) == (found_grads[key] is None), key
-        if grad is not None:
-            assert_equal(found_grads[key], grad, f"gradient of {key}")
+    check_masked_form(model, image, [schedule], lambda *args: masked_form(*args, scorer))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
+from comparison import assert_equal, check_masked_form, gradients
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,42 +105,12 @@ def masked_form(model: nn.Module, image: Tensor, schedule: list[float]) -> Tenso
     return model.forward_head(model.norm(x))
 
 
-def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    limit = 1e-10 * max(1.0, float(wanted.detach().abs().max()))
-    error = float((found - wanted).detach().abs().max())
-    assert error <= limit, f"{what}: {error:.1e}"
-
-
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", MODELS)
 def test_masked_form(name: str, training: bool) -> None:
     model = make(name, drop_path_rate=0.4).double().train(training)
     image = image_for(model, B=3)
-    for schedule in (ik.idle_schedule(6, 0.7), [0.7, 0.7, 0.3, 1.0, 0.5, 0.02]):
-        torch.manual_seed(1)  # of stochastic depth
-        wanted = masked_form(model, image, schedule)
-        wanted_grads = gradients(model, wanted)
-        ik.apply_idle(model, schedule=schedule)
-        for backend in ("cpu", "reference"):
-            with ik.use_backend(backend):
-                torch.manual_seed(1)
-                found = model(image)
-                assert_equal(found, wanted, f"logits on {backend}")
-                found_grads = gradients(model, found)
-                with torch.no_grad():
-                    torch.manual_seed(1)
-                    assert_equal(model(image), wanted, f"logits without gradients on {backend}")
-            for key, grad in wanted_grads.items():
-                assert (grad is None) == (found_grads[key] is None), key
-                if grad is not None:
-                    assert_equal(found_grads[key], grad, f"gradient of {key}")
-        ik.remove_idle(model)
+    check_masked_form(model, image, (ik.idle_schedule(6, 0.7), [0.7, 0.7, 0.3, 1.0, 0.5, 0.02]), masked_form)
 
 
 def test_this_comparison_can_fail() -> None:

@@ -46,7 +46,7 @@ CUT_SHAPE = (8, 1370, 384)  # DeiT-S at 592 pixels; or DINOv2's 518 pixels with 
 
 
 def make_step(form: str) -> Callable[[Tensor], Any]:
-    """A function of images that takes one training step."""
+    """A function of images that takes one training step and returns its loss."""
     torch.manual_seed(0)
     model = timm.create_model(MODEL).train()
     if form.startswith("idle"):
@@ -60,7 +60,7 @@ def make_step(form: str) -> Callable[[Tensor], Any]:
     ratios = ik.idle_schedule(len(model.blocks), KEEP_RATIO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
-    def step(images: Tensor) -> None:
+    def step(images: Tensor) -> Tensor:
         targets = torch.arange(len(images))
         teacher = ik.IdleViTOutput(torch.ones(len(images), CLASSES), torch.ones(len(images), 384), images[0], ())
         if form == "masked":
@@ -72,6 +72,7 @@ def make_step(form: str) -> Callable[[Tensor], Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
+        return loss.detach()
 
     return step
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .checkpoint import write
 from .engine import StepLog
@@ -37,18 +39,21 @@ class Report:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task = self._progress.add_task(name, total=None, completed=step, state="")
-        self._rows: list[dict[str, Any]] = []
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task(name, total=None, completed=step)
+        self._state = Text()  # below the bar, as the losses alone fill a line
+        self._live = Live(Group(self._progress, self._state), console=console, transient=True)
         self._told = False
         self._board: Any = None
         if output is not None:
-            self._rows = [row for row in _read(output / "steps.csv") if int(row["step"]) <= step]
-            self._write("steps.csv", self._rows)
+            rows = [row for row in _read(output / "steps.csv") if int(row["step"]) <= step]
+            if rows:
+                self._write("steps.csv", rows)
+            else:
+                (output / "steps.csv").unlink(missing_ok=True)
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,18 +62,18 @@ class Report:
                 console.print("no TensorBoard logs: pip install 'idlevit-kernels[train]'", style="dim")
 
     def __enter__(self) -> Report:
-        self._progress.start()
+        self._live.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
+        self._live.stop()
         if self._board is not None:
             self._board.close()
 
     def on_log(self, row: StepLog) -> None:
         losses = " ".join(f"{name} {value:.3g}" for name, value in row.losses.items())
-        state = f"{losses} lr {row.lr:.2g} {row.images_per_second:.0f} images/s"
-        self._progress.update(self._task, completed=row.step, total=row.steps, state=state)
+        self._state.plain = f"{losses} lr {row.lr:.2g} {row.images_per_second:.0f} images/s"
+        self._progress.update(self._task, completed=row.step, total=row.steps)
         speed = round(row.images_per_second, 1)
         flat = {"step": row.step, "epoch": row.epoch, **row.losses, "lr": row.lr, "images_per_second": speed}
         self._append("steps.csv", flat)
@@ -84,6 +89,7 @@ class Report:
             f"{self.name}: epoch {row['epoch'] + 1}/{self.epochs}: top-1 {row['top1']:.2f}, {losses},"
             f" lr {row['lr']:.2g}, {row['images_per_second']:.0f} images/s",
             highlight=False,
+            soft_wrap=True,
         )
         self._write("epochs.csv", history)
         if self._board is not None:
@@ -91,7 +97,7 @@ class Report:
                 self._board.add_scalar(f"val/{name}", row[name], step)
 
     def _write(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
-        if self.output is not None and rows:
+        if self.output is not None:
             try:
                 write(self.output / name, _text(rows).encode())
             except OSError as error:

@@ -76,7 +76,7 @@ class Score:
 
 
 class NonFiniteLoss(RuntimeError):
-    """A loss became NaN or infinite."""
+    """A loss became NaN or infinite, or a weight did, which makes the next loss so."""
 
 
 class Stopped(RuntimeError):
@@ -84,7 +84,7 @@ class Stopped(RuntimeError):
 
     def __init__(self, number: int, saved: Path | None):
         self.code = 128 + number
-        where = f"{saved} goes on from here with --resume auto" if saved else "nothing was saved"
+        where = f"--resume auto goes on from {saved}" if saved else "nothing was saved"
         super().__init__(f"train: stopped by {signal.Signals(number).name}; {where}")
 
 
@@ -257,10 +257,18 @@ class Trainer:
         """Writes a checkpoint, if there is an output directory.
 
         A failure is told and the run goes on, as the checkpoint before is there; only at the end it is raised.
+
+        Raises:
+            NonFiniteLoss: a weight is not finite; such a checkpoint would be good for nothing.
         """
         if self.options.output is None or self._saved_step == self.step:
             return
         state = self.state_dict()
+        bad = [name for name, value in state["model"].items() if not value.isfinite().all()]
+        if bad:
+            raise NonFiniteLoss(
+                f"train: weights not finite after step {self.step}: {', '.join(bad[:3])}. {self._advice()}"
+            )
         if self.world.first:
             try:
                 self._saved = checkpoint.save(self.options.output, state, self.step)
@@ -357,11 +365,9 @@ class Trainer:
             losses = dict(zip(self._names, row, strict=True))
             bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
             if bad:
-                kept = f"{self._saved} is the last good checkpoint" if self._saved else "no checkpoint was written yet"
                 raise NonFiniteLoss(
                     f"train: loss not finite at step {step} (epoch {epoch}): {', '.join(bad)} of"
-                    f" {', '.join(f'{name} = {value:.4g}' for name, value in losses.items())}. {kept}."
-                    " A lower --lr, --clip-grad 1 or --dtype float32 may help."
+                    f" {', '.join(f'{name} = {value:.4g}' for name, value in losses.items())}. {self._advice()}"
                 )
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0.0) + value
@@ -372,6 +378,10 @@ class Trainer:
             lr = self.optimizer.param_groups[0]["lr"]
             for step, row in zip(steps, rows.tolist(), strict=True):
                 self.on_log(StepLog(step, epoch, self.steps, dict(zip(self._names, row, strict=True)), lr, speed))
+
+    def _advice(self) -> str:
+        kept = f"{self._saved} is the last good checkpoint" if self._saved else "no checkpoint was written yet"
+        return f"{kept}. A lower --lr, --clip-grad 1 or --dtype float32 may help."
 
     def _heed(self, unreadable: list[str]) -> None:
         """Signals and unreadable images, which all processes must answer at the same step."""

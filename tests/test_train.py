@@ -174,6 +174,20 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = small_trainer(tmp_path)
+
+    def spoil(row):
+        if row.step == 8:  # after the last look at a loss
+            trainer.model.head.weight.data[0, 0] = math.inf
+
+    trainer.on_log = spoil
+    expected = "weights not finite after step 8: head.weight. .*checkpoint-000000004.pt is the last good checkpoint"
+    with pytest.raises(NonFiniteLoss, match=expected):
+        trainer.fit()
+    assert [path.name for path in checkpoint.paths(tmp_path)] == ["checkpoint-000000004.pt"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path, caplog, uninterrupted):
     (tmp_path / ".checkpoint-000000004.pt.tmp").symlink_to("/dev/full")
@@ -228,6 +242,8 @@ def folder_run(folder, *more):
 
 def test_command_trains_on_a_folder_resumes_and_evaluates(folder, tmp_path):
     output = tmp_path / "run"
+    output.mkdir()
+    (output / "steps.csv").write_text("step,total\n1,0.5\n")  # of a run that was killed before its first checkpoint
     first = run(*folder_run(folder, "--output", output))
     for text in ("dense, at the start", "idle, before", "idle, trained", "moving average", "GMACs", "images/s"):
         assert text in first.stdout
@@ -271,14 +287,17 @@ def test_unreadable_image_stops_the_run_with_a_checkpoint_or_is_skipped(folder):
         (["--weights", "pretrained"], "nobody pretrained digits_vit"),
         (["--weights", "missing.pt"], "missing.pt"),
         (["--device", "tpu"], "cpu"),
+        (["--data", "DATA", "--model", "deit_tiny_patch16_224", "--random-augment", "rund"], "Unknown AA policy rund"),
         (["--resume", "auto"], "given with --output"),
-        (["--resume", "missing.pt", "--weights", "none"], "missing.pt"),
+        (["--resume", "missing.pt"], "given with --output"),
+        (["--resume", "missing.pt", "--output", "OUTPUT"], "missing.pt"),
         (["--on-bad-image", "cry"], "stop or skip"),
         (["--output", "/proc/run"], "/proc/run"),
     ],
 )
-def test_command_refuses_bad_input_in_one_line(folder, options, expected):
-    result = run("train", *(str(folder) if option == "DATA" else option for option in options), code=2)
+def test_command_refuses_bad_input_in_one_line(folder, tmp_path, options, expected):
+    paths = {"DATA": folder, "OUTPUT": tmp_path / "run"}
+    result = run("train", *(paths.get(option, option) for option in options), code=2)
     (line,) = result.stderr.splitlines()
     assert line.startswith("idlevit: ") and expected in line
     assert result.stdout == ""
@@ -310,6 +329,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     for one, two in zip(*rows, strict=True):
         for name in ("classification", "token_cut", "logits", "features", "total"):
             assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-5, abs=1e-7), name
+
+
+def test_eval_without_a_model_is_refused():
+    assert "eval: source must be a checkpoint" in run("eval", code=2).stderr
 
 
 @pytest.mark.full

@@ -162,14 +162,18 @@ def open_data(
 
     size = recipe.image_size or config["input_size"][-1]
     common = {"input_size": (3, size, size), "mean": config["mean"], "std": config["std"], "use_prefetcher": False}
-    augment = create_transform(
-        **common,
-        is_training=True,
-        auto_augment=None if recipe.random_augment == "none" else recipe.random_augment,
-        interpolation=recipe.interpolation,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-    )
+    try:
+        augment = create_transform(
+            **common,
+            is_training=True,
+            auto_augment=None if recipe.random_augment == "none" else recipe.random_augment,
+            interpolation=recipe.interpolation,
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:  # all else in it was checked
+        expected = f"none, or a policy that timm knows, as rand-m9-mstd0.5-inc1 ({error})"
+        raise value_error("train", "random_augment", expected, recipe.random_augment) from error
     crop = create_transform(
         **common, interpolation=config["interpolation"], crop_pct=config["crop_pct"], crop_mode=config["crop_mode"]
     )

@@ -76,15 +76,18 @@ class Recipe:
             _check("schedule", self.keep_ratio < 1, "left out where keep_ratio is 1", self.schedule)
             # As numbers, so that a run does not depend on a file.
             object.__setattr__(self, "schedule", ",".join(f"{r:g}" for r in _ratios(self.schedule)))
-        for name in ("epochs", "batch_size", "accumulate", "aug_repeats"):
-            _check(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
-        for (
-            name
-        ) in "warmup_epochs weight_decay cut_weight distill_weight mixup cutmix lr min_lr clip_grad image_size".split():
+        for name in ("epochs", "batch_size", "accumulate", "aug_repeats", "image_size"):
             value = getattr(self, name)
-            _check(name, value is None or 0 <= value < math.inf, "at least 0 and finite", value)
+            _check(name, value is None or value >= 1, "at least 1", value)
+        for name in "warmup_epochs weight_decay cut_weight distill_weight mixup cutmix lr min_lr seed".split():
+            value = getattr(self, name)
+            _check(name, 0 <= value < math.inf, "at least 0 and finite", value)
+        expected = "greater than 0 and finite (left out, nothing is clipped)"
+        _check("clip_grad", self.clip_grad is None or 0 < self.clip_grad < math.inf, expected, self.clip_grad)
         for name in ("random_erasing", "label_smoothing", "ema_decay"):
             _check(name, 0 <= getattr(self, name) < 1, "in [0, 1)", getattr(self, name))
+        modes = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+        _check("interpolation", self.interpolation in modes, f"one of {', '.join(modes)}", self.interpolation)
         _check("dtype", self.dtype in ("float32", "bfloat16", "float16"), "float32, bfloat16 or float16", self.dtype)
         if self.weights == "dense":
             _check("weights", self.data == "digits" and self.keep_ratio < 1, "pretrained, none or a file", "dense")

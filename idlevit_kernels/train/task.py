@@ -133,8 +133,10 @@ def evaluate_run(
             given = {k: v for k, v in state["recipe"].items() if k in known} | given
             weights = state["model_ema" if ema else "model"]
         recipe = recipe_for(given)
+        if weights is None and recipe.weights == "dense":
+            raise value_error("eval", "source", "a checkpoint or the directory of a run, or pass --weights", source)
         data = _open(recipe, place)
-        start = None if weights is not None or recipe.weights in ("none", "dense") else recipe.weights
+        start = None if weights is not None or recipe.weights == "none" else recipe.weights
         model = create_model(recipe, data.num_classes, start)
         if weights is not None:
             model.load_state_dict(weights)
@@ -217,8 +219,13 @@ def _teacher(recipe: Recipe, data: Data) -> nn.Module:
 def _check_output(output: Path | None, resume: str | None, world: World) -> None:
     """One directory, one run. All processes learn what the first one sees."""
     problem: Exception | None = None
-    if output is not None and world.first:
+    if output is None:
+        if resume is not None:
+            problem = value_error("train", "resume", "given with --output", resume)
+    elif world.first:
         try:
+            if resume not in (None, "auto"):
+                Path(resume).stat()  # now, not after the dense model is trained
             output.mkdir(parents=True, exist_ok=True)
             held = checkpoint.paths(output) + checkpoint.paths(output / "dense")
             if held and resume is None:
@@ -226,8 +233,6 @@ def _check_output(output: Path | None, resume: str | None, world: World) -> None
                 problem = value_error("train", "output", expected, str(held[0]))
         except OSError as error:
             problem = error
-    elif resume == "auto" and output is None:
-        problem = value_error("train", "resume", "given with --output", resume)
     problem = world.from_first(problem)
     if problem is not None:
         raise problem

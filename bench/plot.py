@@ -1,7 +1,7 @@
 """The figures of README from the results beside this file: ``python bench/plot.py``, or with result files named.
 
 Each is written as PNG and SVG into ``bench/results/``. What a file holds decides what is drawn from it: a result of
-``idlevit bench`` (with peers: the comparison of methods; else, of many keep ratios: speed-up by keep ratio), of
+``idlevit bench`` (with peers: the comparison of methods; with several keep ratios: speed-up by keep ratio), of
 ``bench/block_steps.py`` (the waterfall of a block) or of ``bench/train_step.py`` (time and memory of a step).
 """
 
@@ -210,9 +210,12 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
     if "models" in result:
         methods = {method_of(row) for row in result["models"]}
         ratios = {row["keep_ratio"] for row in result["models"]}
+        drawn = {"macs": by_macs(result)}
         if methods - {"dense", "IdleViT"}:
-            return {"macs": by_macs(result), "methods": by_batch(result)}
-        return {"keep-ratio": by_keep_ratio(result)} if len(ratios) > 3 else {}
+            drawn["methods"] = by_batch(result)
+        if len(ratios) > 3:
+            drawn["keep-ratio"] = by_keep_ratio(result)
+        return drawn
     steps = [row for row in result.get("rows", []) if isinstance(row, dict)]
     if any("step" in row for row in steps):
         return {"waterfall": waterfall(result)}

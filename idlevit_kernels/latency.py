@@ -6,10 +6,11 @@ small batch on a large GPU) idling does not pay at all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ class BlockInput:
         return rotating(lambda x: block(x, *self.others, **self.named), self.shape, next(block.parameters()))
 
 
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode and no gradients; after that every module has the mode back that it had before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def block_inputs(
     model: nn.Module, blocks: Sequence[nn.Module], batch: int, input_size: tuple[int, ...] | None = None
 ) -> list[BlockInput]:
@@ -56,7 +70,7 @@ def block_inputs(
     like = next(model.parameters())
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        with torch.no_grad():
+        with evaluation(model):
             size = input_size or default_input_size(model)
             model(torch.randn((batch, *size), device=like.device, dtype=like.dtype))
     finally:
@@ -78,7 +92,7 @@ def slower_than_dense(
         key = type(i), i.keep_ratio, given.shape
         if key not in known:
             calls = {"idle": given.rotating(i), "dense": given.rotating(d)}
-            with torch.no_grad():
+            with evaluation(d), evaluation(i):
                 timings = alternate(calls, _SECONDS, _ROUNDS, next(d.parameters()).device)
             known[key] = timings["idle"].median >= timings["dense"].median
         slower.append(known[key])

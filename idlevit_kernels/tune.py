@@ -7,13 +7,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from .block import IdleBlock
 from .complexity import count_macs, default_input_size
 from .errors import type_error, value_error
-from .latency import block_inputs, rotating, steps, token_counts
+from .latency import block_inputs, evaluation, rotating, steps, token_counts
 from .models import apply_idle, remove_idle
 from .models.apply import find_family
 from .schedule import idle_schedule
@@ -123,7 +122,7 @@ def tune_schedule(
         (ratio,) = _ratios([num_keep], num_tokens)
         return inputs[depth // 2].rotating(family.IDLE_BLOCK(blocks[depth // 2], ratio, prefix, scorer))
 
-    with torch.no_grad():
+    with evaluation(model):
         measured = alternate(
             {num_keep: at(num_keep) for num_keep in token_counts(num_tokens, prefix)},
             _STAIRCASE_SHARE * seconds,
@@ -146,9 +145,9 @@ def tune_schedule(
 
     def measure(num_keep: Sequence[int]) -> dict[str, Timing]:
         nonlocal done
-        calls = {"dense": rotating(model.eval(), (batch, *size), like)}
+        calls = {"dense": rotating(model, (batch, *size), like)}
         calls["idle"] = rotating(make_idle(num_keep), (batch, *size), like)
-        with torch.no_grad():
+        with evaluation(model):
             timings = alternate(
                 calls, share * seconds, 3, like.device, lambda part: on_progress("model", done + share * part)
             )

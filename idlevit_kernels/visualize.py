@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .block import IdleBlock
 from .errors import Words, type_error, value_error
+from .latency import evaluation
 from .models import idle_blocks
 
 if TYPE_CHECKING:
@@ -65,12 +66,10 @@ def selections(model: nn.Module, images: Tensor) -> list[list[Layer]]:
         block.register_forward_pre_hook(lambda _, args, name=name: recorder.enter(name, args[0].shape))
         for name, block in blocks.items()
     ]
-    training = model.training
     try:
-        with torch.no_grad(), recorder:
-            model.eval()(images)
+        with evaluation(model), recorder:
+            model(images)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     found: list[list[Layer]] = [[] for _ in range(len(images))]

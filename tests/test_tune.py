@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import idlevit_kernels as ik
+import idlevit_kernels.models.lvvit
 from idlevit_kernels.block import IdleBlock
 from idlevit_kernels.cli import app
 from idlevit_kernels.latency import BlockInput, block_inputs, slower_than_dense, steps, token_counts
@@ -134,6 +136,15 @@ def test_block_inputs_are_those_of_a_forward_pass() -> None:
     found = block_inputs(model, list(model.blocks), batch=3)
     assert [given.shape for given in found] == [(3, 17, 192)] * 2
     assert all(given.named["rope"].shape[-2] == 16 for given in found)
+
+
+def test_measuring_leaves_a_training_model_as_it_was() -> None:
+    model = timm.create_model("lvvit_tiny_patch16_224", img_size=64, depth=4, embed_dim=48, num_heads=3).train()
+    model.blocks[1].eval()
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    block_inputs(model, list(model.blocks), 2)
+    assert [m.training for m in model.modules()] == modes
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
 def test_adaptive_leaves_layers_as_they_are_or_dense() -> None:

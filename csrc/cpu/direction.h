@@ -4,8 +4,10 @@
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
-// What a thread that walks through the weights once takes along: at most this many images.
+// What a thread that walks through the weights once takes along: at most this many images, and as many numbers as fit
+// the smallest stacks of threads.
 constexpr int kDirectionImages = 8;
+constexpr int64_t kDirectionNumbers = 2 * kMaxChannels;
 constexpr int64_t kAhead = 8;
 
 // query[i] = bias + weight . rows[i] for the images i < count, with one pass over the weight row.
@@ -76,10 +78,11 @@ inline void direct_images(const A* rows, const A* qkv_weight, const A* bias, int
 template <typename A>
 inline void direct(const Shape& s, const Tokens& x, const Norm& norm, const A* qkv_weight, const A* bias,
                    int64_t width, A* query, A* direction, int threads) {
-    A rows[kDirectionImages * kMaxChannels];
+    A rows[kDirectionNumbers];
     int64_t count;
     for (int64_t b = 0; b < s.B; b += count) {
         count = s.B - b < kDirectionImages ? s.B - b : kDirectionImages;
+        if (count * s.C > kDirectionNumbers) count = kDirectionNumbers / s.C;
         while (count & (count - 1)) count &= count - 1;  // the largest power of two
         for (int64_t i = 0; i < count; ++i) normalize(token_row<A>(x, b + i, 0), norm, rows + i * s.C, s.C);
         A *q = query + b * width, *u = direction + b * s.C;

@@ -56,7 +56,10 @@ def plain_linear(module: Any) -> bool:
 
 
 def inactive(dropout: Any) -> bool:
-    return not dropout.training or dropout.p == 0
+    """Returns its input, and nobody waits to see it called: timm's attention maps come from hooks on a dropout."""
+    if plain(dropout, "torch.nn.modules.dropout", "Dropout"):
+        return not dropout.training or dropout.p == 0
+    return plain(dropout, "torch.nn.modules.linear", "Identity")
 
 
 @functools.cache
@@ -174,7 +177,12 @@ class _GeluLinear(torch.autograd.Function):
 
 def _use_gelu_linear(backend: str) -> bool:
     # A compiler decides by itself what to compute again.
-    return torch.is_grad_enabled() and backend != "reference" and not torch.compiler.is_compiling()
+    return (
+        torch.is_grad_enabled()
+        and backend != "reference"
+        and not torch.compiler.is_compiling()
+        and not _has_any_global_hook()
+    )
 
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -196,7 +204,7 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
         else:
             hidden = act(linear(x, fc1.weight, fc1.bias))
         return linear(module.norm(hidden), fc2.weight, fc2.bias)
-    if gelu is None or type(module.norm) is not nn.Identity:
+    if gelu is None or not plain(module.norm, "torch.nn.modules.linear", "Identity"):
         return module(x)
     hidden = fc1(x)
     weight, bias = fc2.weight.to(hidden.dtype), None if fc2.bias is None else fc2.bias.to(hidden.dtype)

@@ -67,12 +67,10 @@ class Plan:
     @staticmethod
     def of(block: Any) -> Plan | None:
         """None unless the block is timm's, with the parts that ``attend`` and ``mlp`` know."""
-        from timm.models.vision_transformer import Block
-
         from .block import IdleBlock
 
         kind = type(block._block[0]) if isinstance(block, IdleBlock) else type(block)
-        if kind is not Block:
+        if (kind.__module__, kind.__name__) != ("timm.models.vision_transformer", "Block"):
             return None
         attn, mlp = block.attn, block.mlp
         if not (
@@ -91,7 +89,10 @@ class Plan:
         if (
             None in norms
             or any(ls is not None and not plain(ls, "timm.layers.layer_scale", "LayerScale") for ls in scales)
-            or any(type(drop) is not nn.Identity and (drop.training or drop._forward_hooks) for drop in drops)
+            or any(
+                type(drop) is not nn.Identity and (drop.training or not plain(drop, "timm.layers.drop", "DropPath"))
+                for drop in drops
+            )
         ):
             return None
         plan = Plan(block, norms, [None if ls is None else ls.gamma for ls in scales])
@@ -167,5 +168,11 @@ class Plan:
         return found
 
     def holds(self) -> bool:
-        # No loop of Python's: this runs in every layer.
-        return not any(self.empty) and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+        weight = self.qkv[0]  # the same parameter after ``model.to``, with other data in it
+        return (
+            weight.dtype is self.dtype
+            and weight.device == self.device
+            # No loop of Python's: this runs in every layer.
+            and not any(self.empty)
+            and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+        )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._C import _dispatch_tls_local_include_set, _is_any_autocast_enabled
-from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
 from . import backends
@@ -21,13 +19,16 @@ from .reference.layer_norm import accumulate_dtype
 
 _lib = torch.library.Library("idlevit", "DEF")
 
-
-_Key = torch._C.DispatchKey
 # What the dispatcher of every thread includes while gradients are off, in inference mode and under no_grad.
-_ORDINARY = {
-    torch._C.DispatchKeySet(_Key.BackendSelect).raw_repr(),
-    torch._C.DispatchKeySet(_Key.BackendSelect).add(_Key.ADInplaceOrView).raw_repr(),
-}
+_ORDINARY: set[int] = set()
+try:
+    from torch._C import DispatchKey, DispatchKeySet, _dispatch_tls_local_include_set, _is_any_autocast_enabled
+    from torch.autograd import _profiler_enabled
+except ImportError:  # private names: a PyTorch without them sends every call through its dispatcher
+    pass
+else:
+    _ORDINARY.add(DispatchKeySet(DispatchKey.BackendSelect).raw_repr())
+    _ORDINARY.add(DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView).raw_repr())
 
 
 def direct(x: Tensor) -> bool:
@@ -38,8 +39,10 @@ def direct(x: Tensor) -> bool:
     Python costs 30 us an op (measured at batch 1), which is more than the kernels take.
     """
     return (
-        not is_compiling()
+        bool(_ORDINARY)
+        and not is_compiling()
         and type(x) is Tensor
+        and not x.is_meta
         and not is_grad_enabled()
         and not _is_any_autocast_enabled()
         and not _profiler_enabled()
@@ -376,6 +379,13 @@ def _token_cut_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]
     return grad_q, grad_k, None, None, None, None
 
 
+def _differentiable_once(op: str) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(f"{op}: it is differentiable once, got a second backward pass (create_graph=True)")
+
+    return backward
+
+
 _autograd("token_scores", _token_scores_backward, _token_scores_setup)
 _autograd("gather_tokens", _gather_tokens_backward, _gather_tokens_setup)
 _autograd("expand_tokens", _expand_tokens_backward, _expand_tokens_setup)
@@ -384,3 +394,5 @@ _autograd("scatter_add_tokens", _scatter_add_tokens_backward, _scatter_add_token
 _autograd("select_gather_norm", _select_gather_norm_backward, _select_gather_norm_setup)
 _autograd("gather_add_norm", _gather_add_norm_backward, _gather_add_norm_setup)
 _autograd("token_cut_loss", _token_cut_loss_backward, _token_cut_loss_setup)
+_autograd("gather_norm_backward", _differentiable_once("select_gather_norm"), lambda ctx, inputs, output: None)
+_autograd("token_cut_loss_backward", _differentiable_once("token_cut_loss"), lambda ctx, inputs, output: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -85,6 +87,16 @@ def test_one_call_equals_three(
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@pytest.mark.parametrize("channels", [4096, 8192])
+def test_directions_of_wide_rows(channels: int) -> None:
+    """Fewer images at once: the stack of a thread holds no more."""
+    cpu: Any = module("cpu")
+    x, qkv = torch.randn(9, 2, channels), torch.randn(3 * 8, channels) / 64
+    found = cpu.cls_direction(x, None, None, 1e-6, qkv, None)
+    wanted = module("reference").cls_direction(x.double(), None, None, 1e-6, qkv.double(), None)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)
+
+
 class Scaled(nn.Module):
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -132,6 +144,57 @@ def test_change_is_seen(change: str, num_keep: int) -> None:
         assert not torch.allclose(out, first)
 
 
+def test_conversion_makes_another_plan() -> None:
+    """``to`` puts other data into the same parameters."""
+    block, x = make_block(), torch.randn(2, 31, C)
+    with torch.no_grad():
+        ik.idle_block(x, block, 13)
+        ik.idle_block(x.double(), block.double(), 13)
+        assert inference._plans[block].dtype is torch.float64
+        with pytest.raises(TypeError, match="idle_block: x must be of the block's dtype"):
+            ik.idle_block(x, block, 13)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("scorer", ["cls", "mean"])
+@pytest.mark.parametrize("num_keep", [13, 30])
+def test_hooks_on_dropouts_are_called(grad: bool, scorer: str, num_keep: int) -> None:
+    """Attention maps are taken from ``attn_drop``, with the fused attention off."""
+    block, seen = make_block(), []
+    block.attn.fused_attn = False
+    for part in (block.attn.attn_drop, block.attn.proj_drop, block.mlp.drop1, block.mlp.norm, block.mlp.drop2):
+        handle = part.register_forward_hook(lambda *_: seen.append(1))
+        with torch.set_grad_enabled(grad):
+            ik.idle_block(torch.randn(2, 31, C), block, num_keep, scorer=scorer)
+        assert seen.pop() and not seen
+        handle.remove()
+
+
+def test_no_dropout_is_needed() -> None:
+    block, x = make_block().train(), torch.randn(2, 31, C)
+    wanted = ik.idle_block(x, block, 13).detach()
+    block.attn.proj_drop = block.mlp.drop1 = block.mlp.drop2 = nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(ik.idle_block(x, block, 13), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_meta_tensors() -> None:
+    with torch.no_grad():
+        assert ik.idle_block(torch.randn(2, 31, C, device="meta"), make_block().to("meta"), 13).shape == (2, 31, C)
+
+
+def test_without_private_names_of_pytorch() -> None:
+    script = (
+        "import torch; del torch._C._is_any_autocast_enabled\n"
+        "import idlevit_kernels as ik; from idlevit_kernels import ops\n"
+        "with torch.no_grad():\n"
+        "    x = torch.rand(1, 4)\n"
+        "    print(ops.direct(x), ik.select_tokens(x, 3).tolist())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert result.stdout == "False [[0, 1, 2, 3]]\n", result.stderr
+
+
 def test_training_mode_is_seen() -> None:
     block, x = make_block(proj_drop=0.5), torch.randn(2, 31, C)
     with torch.no_grad():
@@ -140,16 +203,17 @@ def test_training_mode_is_seen() -> None:
         assert torch.equal(ik.idle_block(x, block.eval(), 13), first)
 
 
-def test_global_hook_is_seen() -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_global_hook_is_seen(grad: bool) -> None:
     block, x, seen = make_block(), torch.randn(2, 31, C), []
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         ik.idle_block(x, block, 13)
         handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
         try:
             ik.idle_block(x, block, 13)
         finally:
             handle.remove()
-    assert nn.Linear in seen
+    assert {nn.Linear, nn.GELU} <= set(seen)
 
 
 def test_block_can_be_copied_and_collected() -> None:

@@ -446,6 +446,18 @@ def test_gradgradcheck(op: str, backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("op", ["select_gather_norm", "token_cut_loss"])
+def test_second_backward_is_refused(op: str, backend: str) -> None:
+    arguments = op_with_grad(op, SMALL)
+    result = getattr(ik, op)(*arguments, backend=backend)
+    result = result[1] if op == "select_gather_norm" else result
+    leaf = next(a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad)
+    (grad,) = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{op}: it is differentiable once"):
+        grad.sum().backward()
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradients_of_narrow_types(op: str, dtype: torch.dtype, backend: str) -> None:

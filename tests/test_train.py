@@ -156,7 +156,8 @@ def test_passes_of_a_step_give_the_losses_of_one_pass(uninterrupted):
     one.fit(), many.fit()
     for a, b in zip(one.history, many.history, strict=True):
         for name in ("classification", "token_cut", "logits", "features", "total"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+            # The divergence of near-equal logits is a difference of numbers near 1: float32's epsilon is its floor.
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), name
 
 
 def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -277,8 +277,9 @@ class Trainer:
                 log.error("no checkpoint at step %d: %s; %s, and the run goes on", self.step, error, kept)
                 if self.step == self.steps:
                     raise
-                return
-        self._saved_step = self.step
+            else:
+                self._saved_step = self.step
+        self._saved, self._saved_step = self.world.from_first((self._saved, self._saved_step))
 
     def _train_epoch(self) -> None:
         first = self.step % self.batches.steps

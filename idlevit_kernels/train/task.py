@@ -45,7 +45,7 @@ class Place:
     val_split: str = "validation"
     device: str | None = None
     threads: int | None = None
-    seconds: float = 4.0
+    seconds: float = 2.0
 
 
 def train(given: dict[str, Any], options: Options, place: Place, resume: str | None = None) -> list[Row]:

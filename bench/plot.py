@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -229,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", help="results (default: all in bench/results/)")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where to write (default: bench/results/)")
     options = parser.parse_args(arguments)
+    matplotlib.rcParams["svg.hashsalt"] = "idlevit"  # the same figure is the same file
     try:
         for path in options.files or sorted(RESULTS.glob("*.json")):
             for name, drawn in figures(json.loads(path.read_text())).items():

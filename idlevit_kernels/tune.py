@@ -11,7 +11,7 @@ from torch import nn
 
 from .block import IdleBlock
 from .complexity import count_macs, default_input_size
-from .errors import type_error, value_error
+from .errors import Words, type_error, value_error
 from .latency import block_inputs, evaluation, rotating, steps, token_counts
 from .models import apply_idle, remove_idle
 from .models.apply import find_family
@@ -130,7 +130,8 @@ def tune_schedule(
             on_progress=lambda done: on_progress("block", _STAIRCASE_SHARE * done),
         )
     medians = {num_keep: timing.median for num_keep, timing in measured.items()}
-    counts = steps(medians)
+    # Multiply-accumulates do not depend on how long anything takes.
+    counts = sorted(medians, reverse=True) if target.kind == "macs" else steps(medians)
 
     idle_model = copy.deepcopy(model).eval()
 
@@ -160,9 +161,8 @@ def tune_schedule(
         kept = fill(costs, counts, depth, target.value)
         if kept is None:
             least = sum(costs[k] for k in fastest(counts, depth))
-            raise value_error(
-                op, "target-macs", f"at least {least / 1e9:.3f} G, which the fewest tokens need", target.value
-            )
+            expected = f"at least {least / 1e9:.3f} G, which the fewest tokens need"
+            raise value_error(op, "target-macs", expected, Words(f"{target.value / 1e9:.3f} G"))
         timings = measure(kept)
         macs = count_macs(make_idle(kept), size).total
         reached, deviation = float(macs), macs / target.value - 1

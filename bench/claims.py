@@ -172,7 +172,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     dense = next(row for row in table if row["method"] == DENSE)
     axes.axhline(dense["top1"], color="black", linewidth=1, label="dense")
     for i, method in enumerate(METHODS):
@@ -184,8 +184,9 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar(ratios, [row["top1"] for row in rows], errors, marker=marker, capsize=3, label=method)
     axes.invert_xaxis()
     axes.set_xlabel("keep ratio r; stages keep r, r², r³ of the tokens")
-    axes.set_ylabel(f"top-1 accuracy, %: mean and standard error, {dense['seeds']} seeds")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_title(f"handwritten digits, mean and standard error of {dense['seeds']} seeds", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path)
 
 

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import timm
 import torch
+import torch._inductor.config
 from torch import nn
 from typer.testing import CliRunner
 
@@ -144,8 +145,8 @@ def test_errors_name_what_a_format_cannot_do(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ModuleNotFoundError, match=r"onnx, onnxscript, onnxruntime: pip install 'idlevit-kernels\[exp"):
         export_model(model, tmp_path / "model.onnx", input_size=SIZE)
     monkeypatch.undo()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(RuntimeError, match="format aoti needs a C.. compiler"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(RuntimeError, match="format aoti needs a C.. compiler"):
         export_model(model, tmp_path / "model.pt2", "aoti", SIZE)
     assert not list(tmp_path.iterdir())
 

@@ -88,6 +88,8 @@ class Plan:
         drops = (block.drop_path1, block.drop_path2)
         if (
             None in norms
+            # A norm of another type than its tokens is for the fused kernels or the module, not for F.layer_norm.
+            or any(norm[0] is not None and norm[0].dtype is not attn.qkv.weight.dtype for norm in norms if norm)
             or any(ls is not None and not plain(ls, "timm.layers.layer_scale", "LayerScale") for ls in scales)
             or any(
                 type(drop) is not nn.Identity and (drop.training or not plain(drop, "timm.layers.drop", "DropPath"))

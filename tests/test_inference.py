@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import LayerNormFp32
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -247,3 +248,16 @@ def test_modes_see_the_ops() -> None:
             assert not ops.direct(mode.from_tensor(x))
         torch.vmap(lambda t: [t, pytest.fail("direct under vmap") if ops.direct(t) else None][0])(x)
     assert not ops.direct(x)
+
+
+def test_norm_of_another_type() -> None:
+    """timm's LayerNormFp32 may hold float32 parameters in a model of half type: that is not for ``F.layer_norm``."""
+    block, x = make_block(norm_layer=LayerNormFp32).bfloat16(), torch.randn(2, 31, C).bfloat16()
+    block.norm1.float()
+    block.norm2.float()
+    with torch.no_grad():
+        out, indices = ik.idle_block(x, block, 30, return_indices=True)
+    assert not planned(block)
+    wanted, wanted_indices = general(x, block, 30)
+    assert torch.equal(indices, wanted_indices)
+    torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-2)

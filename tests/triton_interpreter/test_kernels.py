@@ -270,3 +270,21 @@ def test_reasons() -> None:
     q = torch.randn(1, 3, 8, dtype=torch.bfloat16)
     with pytest.raises(ik.BackendError, match="no product of bfloat16"):
         ik.token_cut_loss(q, q, indices, 1.0, backend="triton")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_idle_model(gradients: bool) -> None:
+    """The chain of a whole model: without gradients from the plan of each block, with them from ``block.py``."""
+    import timm
+
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **kwargs).eval()
+    ik.apply_idle(model, schedule=[1.0, 0.5, 0.25])
+    image = torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(gradients):
+        with ik.use_backend("reference"):
+            wanted = model(image)
+        with ik.use_backend("triton"):
+            found = model(image)
+    assert found.requires_grad == gradients
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

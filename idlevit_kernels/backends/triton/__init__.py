@@ -78,7 +78,7 @@ def reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     if first.dim() == 3 and op not in _ANY_WIDTH and first.shape[2] > _MAX_CHANNELS:
         found.append(f"it takes at most {_MAX_CHANNELS} channels, not {first.shape[2]}")
     if op.startswith("select") and not _import_error:
-        num_tokens = (args[1] if op == "select_gather_norm" else first).shape[1]
+        num_tokens = first.shape[1]  # of scores [B, T] or tokens [B, T, C]
         if num_tokens > MAX_TOKENS:
             found.append(f"it selects among at most {MAX_TOKENS} tokens, not {num_tokens}")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -61,3 +63,39 @@ def check_masked_form(
                     assert_equal(outputs(model(image)), wanted, f"logits without gradients on {backend}")
             assert_equal_gradients(found_gradients, wanted_gradients)
         ik.remove_idle(model)
+
+
+@torch.no_grad()
+def check_there_and_back(
+    make: Callable[[], nn.Module],
+    image: Tensor,
+    blocks_of: Callable[[Any], list[nn.Module]],
+    names: list[str],
+) -> None:
+    """Keep ratio 1 is the dense model; making a model idle and dense again changes no weight, buffer, block or output.
+
+    ``make`` returns the same architecture each time; ``names`` are those of its blocks, in order.
+    """
+    model = make()
+    dense, state, blocks = model(image), model.state_dict(keep_vars=True), blocks_of(model)
+    buffers = list(model.buffers())
+    ik.apply_idle(model, keep_ratio=1.0)
+    torch.testing.assert_close(model(image), dense, rtol=1e-5, atol=1e-5)
+    ik.remove_idle(model)
+
+    assert ik.apply_idle(model, keep_ratio=0.5) is model
+    ratios = zip(names, ik.idle_schedule(len(names), 0.5), strict=True)
+    assert {n: b.keep_ratio for n, b in ik.idle_blocks(model).items()} == {n: r for n, r in ratios if r < 1}
+    idle = model(image)
+    assert idle.isfinite().all() and not torch.allclose(idle, dense)
+    found = model.state_dict(keep_vars=True)
+    assert list(found) == list(state) and all(found[key] is state[key] for key in state)
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(again(image), idle)
+        assert torch.equal(ik.remove_idle(again)(image), dense)
+    other = ik.apply_idle(make(), keep_ratio=0.5)
+    other.load_state_dict(ik.remove_idle(model).state_dict(), strict=True)  # dense into idle
+    assert torch.equal(other(image), idle)
+    model.load_state_dict(other.state_dict(), strict=True)  # and back
+    assert blocks_of(model) == blocks and torch.equal(model(image), dense)

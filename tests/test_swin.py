@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import timm
 import torch
-from comparison import assert_equal, check_masked_form, gradients
+from comparison import assert_equal, check_masked_form, check_there_and_back, gradients
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,32 +127,12 @@ def test_this_comparison_can_fail() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_there_and_back(name: str) -> None:
-    model = make(name)
-    image = image_for(model)
-    dense, state = model(image), model.state_dict(keep_vars=True)
-    blocks, buffers = [m for stage in model.layers for m in stage.blocks], list(model.buffers())
-    ik.apply_idle(model, keep_ratio=1.0)
-    torch.testing.assert_close(model(image), dense, rtol=1e-5, atol=1e-5)
-    ik.remove_idle(model)
-
-    assert ik.apply_idle(model, keep_ratio=0.5) is model
-    names = [f"layers.{i // 2}.blocks.{i % 2}" for i in range(1, 6)]
-    assert {n: b.keep_ratio for n, b in ik.idle_blocks(model).items()} == dict(
-        zip(names, ik.idle_schedule(6, 0.5)[1:], strict=True)
+    check_there_and_back(
+        lambda: make(name),
+        image_for(make(name)),
+        lambda m: [b for stage in m.layers for b in stage.blocks],
+        [f"layers.{i // 2}.blocks.{i % 2}" for i in range(6)],
     )
-    idle = model(image)
-    assert idle.isfinite().all() and not torch.allclose(idle, dense)
-    found = model.state_dict(keep_vars=True)
-    assert list(found) == list(state) and all(found[key] is state[key] for key in state)
-    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(again(image), idle)
-        assert torch.equal(ik.remove_idle(again)(image), dense)
-    other = ik.apply_idle(make(name), keep_ratio=0.5)
-    other.load_state_dict(ik.remove_idle(model).state_dict(), strict=True)  # dense into idle
-    assert torch.equal(other(image), idle)
-    model.load_state_dict(other.state_dict(), strict=True)  # and back
-    assert [m for stage in model.layers for m in stage.blocks] == blocks and torch.equal(model(image), dense)
 
 
 @pytest.mark.parametrize("name", ["v1", "v1, padded", "v2"])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import timm
 import torch
-from comparison import assert_equal, check_masked_form
+from comparison import assert_equal, check_masked_form, check_there_and_back
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,30 +116,12 @@ def test_shares_add_up_to_the_logits() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_there_and_back(name: str) -> None:
-    model = make(name)
-    image = image_for(model)
-    dense, state, blocks = model(image), model.state_dict(keep_vars=True), [b for stage in model.blocks for b in stage]
-    ik.apply_idle(model, keep_ratio=1.0)
-    torch.testing.assert_close(model(image), dense, rtol=1e-5, atol=1e-5)
-    ik.remove_idle(model)
-
-    assert ik.apply_idle(model, keep_ratio=0.5) is model
-    names = [f"blocks.{i // 2}.{i % 2}" for i in range(1, 6)]
-    assert {n: b.keep_ratio for n, b in ik.idle_blocks(model).items()} == dict(
-        zip(names, ik.idle_schedule(6, 0.5)[1:], strict=True)
+    check_there_and_back(
+        lambda: make(name),
+        image_for(make(name)),
+        lambda m: [b for stage in m.blocks for b in stage],
+        [f"blocks.{i // 2}.{i % 2}" for i in range(6)],
     )
-    idle = model(image)
-    assert idle.isfinite().all() and not torch.allclose(idle, dense)
-    found = model.state_dict(keep_vars=True)
-    assert list(found) == list(state) and all(found[key] is state[key] for key in state)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(again(image), idle)
-        assert torch.equal(ik.remove_idle(again)(image), dense)
-    other = ik.apply_idle(make(name), keep_ratio=0.5)
-    other.load_state_dict(ik.remove_idle(model).state_dict(), strict=True)  # dense into idle
-    assert torch.equal(other(image), idle)
-    model.load_state_dict(other.state_dict(), strict=True)  # and back
-    assert [b for stage in model.blocks for b in stage] == blocks and torch.equal(model(image), dense)
 
 
 @torch.no_grad()

@@ -32,6 +32,12 @@ def register_flop_formulas() -> None:
     for op, formula in ((torch.ops.mkldnn._linear_pointwise, linear), (torch.ops.idlevit.cls_direction, cls_direction)):
         if op not in flop_registry:
             register_flop_formula(op)(formula)
+    # The attention that scaled_dot_product_attention takes on a CPU; older versions of torch count only CUDA's.
+    aten = torch.ops.aten
+    for direction in ("", "_backward"):
+        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{direction}")
+        on_cuda = getattr(aten, f"_scaled_dot_product_flash_attention{direction}")
+        flop_registry.setdefault(on_cpu, flop_registry[on_cuda])
 
 
 @dataclasses.dataclass(frozen=True)

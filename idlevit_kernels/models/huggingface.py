@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,7 +89,7 @@ def _unfit(layer: Any) -> str | None:
     if "output_attentions" in inspect.signature(kind.forward).parameters:
         return f"{kind.__name__} that return tuples, as in transformers before 4.56"
     try:
-        _parts(layer)
+        _Parts(layer)
     except AttributeError as error:
         return f"laid out as in no version of transformers that is known here: {error}"
     return None
@@ -117,21 +116,21 @@ class _Attention:
         return out[0] if isinstance(out, tuple) else out
 
 
-def _parts(layer: Any) -> SimpleNamespace:
+class _Parts:
     """The modules of a layer by the names of timm's block."""
-    dinov2 = hasattr(layer, "norm1")
-    old_vit = not hasattr(layer, "mlp")  # in 5.0; ``output`` adds the residual itself, so its modules are called
-    drop = layer.drop_path if dinov2 else layer.output.dropout if old_vit else layer.dropout
-    return SimpleNamespace(
-        norm1=layer.norm1 if dinov2 else layer.layernorm_before,
-        attn=_Attention(layer.attention),
-        gamma_1=layer.layer_scale1.lambda1 if dinov2 else None,
-        drop_path1=None if old_vit else drop,
-        norm2=layer.norm2 if dinov2 else layer.layernorm_after,
-        mlp=(lambda x: layer.output.dense(layer.intermediate(x))) if old_vit else layer.mlp,
-        gamma_2=layer.layer_scale2.lambda1 if dinov2 else None,
-        drop_path2=drop,
-    )
+
+    def __init__(self, layer: Any):
+        dinov2 = hasattr(layer, "norm1")
+        old_vit = not hasattr(layer, "mlp")  # in 5.0; ``output`` adds the residual itself, so its modules are called
+        drop = layer.drop_path if dinov2 else layer.output.dropout if old_vit else layer.dropout
+        self.norm1 = layer.norm1 if dinov2 else layer.layernorm_before
+        self.attn = _Attention(layer.attention)
+        self.gamma_1 = layer.layer_scale1.lambda1 if dinov2 else None
+        self.drop_path1 = None if old_vit else drop
+        self.norm2 = layer.norm2 if dinov2 else layer.layernorm_after
+        self.mlp = (lambda x: layer.output.dense(layer.intermediate(x))) if old_vit else layer.mlp
+        self.gamma_2 = layer.layer_scale2.lambda1 if dinov2 else None
+        self.drop_path2 = drop
 
 
 class _IdleLayer(IdleBlock):
@@ -147,8 +146,8 @@ class _IdleLayer(IdleBlock):
         if reason is not None:
             raise TypeError(f"IdleBlock: block must be a layer that transformers made, got {reason}")
 
-    def parts(self) -> SimpleNamespace:
-        return _parts(self)
+    def parts(self) -> _Parts:
+        return _Parts(self)
 
     def forward(
         self,

@@ -2,8 +2,8 @@
 
 Over several seeds, each with its own split and dense model: accuracy of the dense model; of IdleViT, finetuned with all
 terms of the token cut loss, with one, with none, without distillation; and of token dropping, finetuned alike. Writes
-``claims.json`` (every run), ``claims.csv`` (mean and standard error) and ``claims.svg``. What was interrupted goes on
-where it was.
+``claims.json`` (every run; ``bench/plot.py`` draws it) and ``claims.csv`` (mean and standard error). What was
+interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -166,30 +166,6 @@ def _mean_and_error(values: list[float]) -> tuple[float | str, float | str]:
     return round(statistics.mean(values), 2), error
 
 
-def plot(table: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
-    dense = next(row for row in table if row["method"] == DENSE)
-    axes.axhline(dense["top1"], color="black", linewidth=1, label="dense")
-    for i, method in enumerate(METHODS):
-        rows = [row for row in table if row["method"] == method]
-        if rows:
-            ratios = [row["keep_ratio"] + (i - 2.5) * 0.006 for row in rows]  # beside each other
-            errors = [row["standard_error"] or 0.0 for row in rows]
-            marker = "s" if method == "token dropping" else "o"
-            axes.errorbar(ratios, [row["top1"] for row in rows], errors, marker=marker, capsize=3, label=method)
-    axes.invert_xaxis()
-    axes.set_xlabel("keep ratio r; stages keep r, r², r³ of the tokens")
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_title(f"handwritten digits, mean and standard error of {dense['seeds']} seeds", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -225,7 +201,6 @@ def main() -> None:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
-    plot(table, options.output / "claims.svg")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import gc
 import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -41,6 +40,7 @@ from torch.nn import functional as F
 import idlevit_kernels as ik
 from idlevit_kernels import backends, roofline
 from idlevit_kernels.info import backend_reasons, device_name, environment
+from idlevit_kernels.latency import random_inputs
 from idlevit_kernels.roofline import Shape
 from idlevit_kernels.schedule import num_kept
 from idlevit_kernels.timing import Timing, alternate
@@ -50,14 +50,6 @@ RESULTS = ROOT / "bench" / "results"
 Row = dict[str, Any]
 Add = Callable[[Row], object]  # takes a row of a step's results as soon as it is there
 Calls = dict[str, Callable[[], Any]]
-
-_ROTATED_BYTES = 256 << 20  # more than any L2 cache holds
-
-
-def rotation(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """As many inputs as the L2 cache cannot hold, but no more than 64."""
-    count = math.ceil(_ROTATED_BYTES / (math.prod(shape) * dtype.itemsize)) if device.type == "cuda" else 2
-    return [torch.randn(shape, device=device, dtype=dtype) for _ in range(min(max(count, 2), 64))]
 
 
 def each(function: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -217,7 +209,7 @@ def ops(
 
     def measure(seconds: float, op: str, B: int, compiled: bool = False) -> list[Row]:
         T, n, C, dtype = shape.T, shape.n, shape.C, shape.dtype
-        tokens = rotation((B, T, C), device, dtype)
+        tokens = random_inputs((B, T, C), device, dtype)
         u, branch, kept = (torch.randn(s, device=device, dtype=dtype) for s in ((B, C), (B, n, C), (B, n, C)))
         norm = nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
         scores = torch.randn(B, T, device=device)
@@ -290,7 +282,7 @@ def block(
         T, C, H = blocks[block]
         num_keep = num_kept(keep_ratio**stage, T - 1)
         dense = Block(C, H, qkv_bias=True).eval().to(device, dtype)
-        tokens = rotation((B, T, C), device, dtype)
+        tokens = random_inputs((B, T, C), device, dtype)
         kept = [x[:, : 1 + num_keep].contiguous() for x in tokens]
         graphs = {"idle": captured(lambda x: ik.idle_block(x, dense, num_keep), tokens), "dense": captured(dense, kept)}
         timings = alternate(graphs, seconds, device=device)
@@ -338,7 +330,7 @@ def model(
         add({"variant": "peers", "error": f"{type(error).__name__}: {error}"})
 
     def measure(seconds: float, B: int, compiled: bool) -> list[Row]:
-        images = rotation((B, *size), device, dtype)[:4]
+        images = random_inputs((B, *size), device, dtype)[:4]
         calls: Calls = {}
         failed: list[Row] = []
         for variant, network in networks.items():
@@ -399,7 +391,7 @@ def training(
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-5) for m in (dense, idle)}
 
     def measure(seconds: float, B: int) -> list[Row]:
-        images = rotation((B, *dense.default_cfg["input_size"]), device, torch.float32)[:4]
+        images = random_inputs((B, *dense.default_cfg["input_size"]), device, torch.float32)[:4]
         labels = torch.randint(10, (B,), device=device)
 
         def step(variant: str, x: Tensor) -> None:

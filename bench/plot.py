@@ -1,14 +1,18 @@
-"""The figures of README from the results beside this file: ``python bench/plot.py``, or with result files named.
+"""All figures of README: ``python bench/plot.py``; with result files named, those of the files alone.
 
-Each is written as PNG and SVG into ``bench/results/``. What a file holds decides what is drawn from it: a result of
+Each is written into ``bench/results/``. What a result holds decides what is drawn from it, as PNG and SVG: one of
 ``idlevit bench`` (with peers: the comparison of methods; with several keep ratios: speed-up by keep ratio), of
-``bench/block_steps.py`` (the waterfall of a block) or of ``bench/train_step.py`` (time and memory of a step).
+``idlevit tune`` (the staircase), ``bench/block_steps.py`` (the waterfall of a block), ``bench/train_step.py`` (time and
+memory of a step) or ``bench/claims.py`` (accuracy). The pictures of idling need two trained models: ``idlevit train``
+makes them, in ``build/``, where they are found again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +21,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 # One colour for each method in every figure.
 COLOURS = {
@@ -27,6 +32,7 @@ COLOURS = {
     "EViT": "#d07000",
     "ToMe": "#2e8b3d",
     "DynamicViT": "#a03070",
+    "Evo-ViT": "#c0a000",
 }
 
 
@@ -34,25 +40,23 @@ def colour(method: str) -> str:
     return COLOURS.get(method.partition(",")[0], "#000000")
 
 
-def method_of(row: dict[str, Any]) -> str:
-    return row.get("method", "dense" if row["keep_ratio"] is None else "IdleViT")
-
-
 def caption(result: dict[str, Any]) -> str:
     env = result["environment"]
-    return (
-        f"{result['model']}, {result.get('dtype', 'float32')}, {result['device_name']}, {env['threads']} threads, "
-        f"torch {env['torch']}, commit {(env['commit'] or 'unknown')[:10]}"
-    )
+    known = [result.get(name) for name in ("model", "dtype", "device_name")]
+    made_by = f"{env['threads']} threads, torch {env['torch']}, commit {(env['commit'] or 'unknown')[:10]}"
+    return ", ".join([*filter(None, known), made_by])
 
 
 def number(value: float) -> str:
     return f" {value:.0f}" if value >= 100 else f" {value:.3g}"
 
 
-def figure(width: float, height: float, columns: int, result: dict[str, Any], title: str) -> tuple[Figure, Any]:
+def figure(
+    width: float, height: float, columns: int, result: dict[str, Any], title: str, rows: int = 1
+) -> tuple[Figure, Any]:
+    """And its panels, row by row."""
     drawn = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
     drawn.suptitle(title, fontsize=9)
     drawn.supxlabel(caption(result), fontsize=6, color="#555555")
     for axis in axes:
@@ -68,17 +72,21 @@ def spread(row: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
 
 
 def by_batch(result: dict[str, Any]) -> Figure:
-    """Speed-up of each method against batch size, a panel for each keep ratio."""
-    rows = [row for row in result["models"] if not row["compiled"]]
-    dense = {row["batch"]: row for row in rows if method_of(row) == "dense"}
-    ratios = sorted({row["keep_ratio"] for row in rows if row["keep_ratio"] is not None}, reverse=True)
-    drawn, axes = figure(4.2 * len(ratios), 3.6, len(ratios), result, "Speed-up over dense timm, against batch size")
-    for axis, ratio in zip(axes, ratios, strict=True):
-        methods = dict.fromkeys(method_of(row) for row in rows if row["keep_ratio"] == ratio)
-        batches = list(dense)
+    """Speed-up of each method over eager dense timm against batch size: a column of panels for each keep ratio, a row
+    for eager mode and, if measured, one for torch.compile."""
+    dense = {row["batch"]: row for row in result["models"] if row["method"] == "dense" and not row["compiled"]}
+    ratios = sorted({row["keep_ratio"] for row in result["models"] if row["keep_ratio"] is not None}, reverse=True)
+    modes = sorted({row["compiled"] for row in result["models"]})
+    title = "Speed-up over dense timm in eager mode, against batch size"
+    drawn, axes = figure(4.2 * len(ratios), 3.2 * len(modes) + 0.4, len(ratios), result, title, len(modes))
+    for axis, (compiled, ratio) in zip(axes, itertools.product(modes, ratios), strict=True):
+        # Compiled dense is what a compiled method has to beat; at 1.00 lies eager dense.
+        rows = [row for row in result["models"] if row["compiled"] == compiled and row["keep_ratio"] == ratio]
+        rows += [row for row in result["models"] if row["compiled"] == compiled and row["method"] == "dense"]
+        methods = dict.fromkeys(row["method"] for row in rows if compiled or row["method"] != "dense")
         for i, method in enumerate(methods):
-            found = {row["batch"]: row for row in rows if (row["keep_ratio"], method_of(row)) == (ratio, method)}
-            points = [(k, found[b]) for k, b in enumerate(batches) if b in found]
+            found = {row["batch"]: row for row in rows if row["method"] == method}
+            points = [(k, found[batch]) for k, batch in enumerate(dense) if batch in found]
             bars = list(zip(*(spread(row, dense[row["batch"]]) for _, row in points), strict=True))
             axis.errorbar(
                 [k + 0.04 * (i - len(methods) / 2) for k, _ in points],
@@ -91,22 +99,23 @@ def by_batch(result: dict[str, Any]) -> Figure:
                 capsize=2,
                 label=method,
             )
-        bound = next(row["mac_bound"] for row in rows if (row["keep_ratio"], method_of(row)) == (ratio, "IdleViT"))
+        bound = next(row["mac_bound"] for row in rows if row["method"] == "IdleViT")
         axis.axhline(bound, color="#0060d0", linestyle=":", linewidth=1, label="MAC bound of IdleViT")
-        axis.set_xticks(range(len(batches)), [str(b) for b in batches])
+        axis.set_xticks(range(len(dense)), [str(batch) for batch in dense])
         axis.set_xlabel("batch size", fontsize=8)
-        axis.set_title(f"keep ratio {ratio:g}", fontsize=9)
-    axes[0].set_ylabel("speed-up", fontsize=8)
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        axis.set_title(f"keep ratio {ratio:g}{', torch.compile' if compiled else ''}", fontsize=9)
+    for row_of_panels in range(len(modes)):
+        axes[row_of_panels * len(ratios)].set_ylabel("speed-up", fontsize=8)
+        axes[(row_of_panels + 1) * len(ratios) - 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return drawn
 
 
 def by_keep_ratio(result: dict[str, Any]) -> Figure:
     """Speed-up of IdleViT against keep ratio, a line for each batch size, with the MAC bound."""
     rows = [row for row in result["models"] if not row["compiled"]]
-    dense = {row["batch"]: row for row in rows if method_of(row) == "dense"}
+    dense = {row["batch"]: row for row in rows if row["method"] == "dense"}
     drawn, (axis,) = figure(5.2, 3.6, 1, result, "Speed-up of IdleViT over dense timm, against keep ratio")
-    idle = [row for row in rows if method_of(row) == "IdleViT"]
+    idle = [row for row in rows if row["method"] == "IdleViT" and row["keep_ratio"] is not None]
     for batch, shade in zip(dense, ("#88b4e8", "#3a84dd", "#003a80", "#000000"), strict=False):
         points = sorted((row for row in idle if row["batch"] == batch), key=lambda row: row["keep_ratio"])
         bars = list(zip(*(spread(row, dense[batch]) for row in points), strict=True))
@@ -135,13 +144,13 @@ def by_macs(result: dict[str, Any]) -> Figure:
     drawn, axes = figure(3.6 * len(batches), 3.6, len(batches), result, "Throughput against multiply-accumulates")
     for axis, batch in zip(axes, batches, strict=True):
         here = [row for row in rows if row["batch"] == batch]
-        dense = next(row for row in here if method_of(row) == "dense")
+        dense = next(row for row in here if row["method"] == "dense")
         work = dense["images_per_second"] * dense["macs"]
         least = min(row["macs"] for row in here)
         grid = [least + (dense["macs"] - least) * i / 50 for i in range(51)]
         axis.plot([m / 1e9 for m in grid], [work / m for m in grid], ":", color="#555555", label="MAC bound")
         for row in here:
-            name = method_of(row)
+            name = row["method"]
             y = row["images_per_second"]
             axis.errorbar(
                 row["macs"] / 1e9,
@@ -206,10 +215,57 @@ def training(result: dict[str, Any]) -> Figure:
     return drawn
 
 
+def staircase(result: dict[str, Any]) -> Figure:
+    """Time of a block by number of kept tokens, and the steps that the schedule is made of."""
+    title = f"One block at each number of kept tokens, batch {result['batch']}"
+    drawn, (axis,) = figure(5.2, 3.4, 1, result, title)
+    timings = {int(count): timing for count, timing in result["staircase"].items()}
+    medians = {count: 1e3 * timing["median"] for count, timing in timings.items()}
+    low = [1e3 * (t["median"] - t["p20"]) for t in timings.values()]
+    high = [1e3 * (t["p80"] - t["median"]) for t in timings.values()]
+    axis.errorbar(medians.keys(), medians.values(), [low, high], color="#88b4e8", marker=".", capsize=2, label="block")
+    layers = {count: result["num_keep"].count(count) for count in result["steps"]}
+    axis.plot(layers.keys(), [medians[c] for c in layers], "o", color="#0060d0", fillstyle="none", label="step")
+    for count, layer_count in layers.items():
+        if layer_count:
+            text = f"{layer_count} layer{'s' * (layer_count > 1)}"
+            axis.annotate(text, (count, medians[count]), (0, -14), textcoords="offset points", fontsize=7)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(f"kept of {result['num_image_tokens']} image tokens", fontsize=8)
+    axis.set_ylabel("milliseconds", fontsize=8)
+    axis.legend(fontsize=7)
+    return drawn
+
+
+def accuracy(result: dict[str, Any]) -> Figure:
+    """Top-1 accuracy of each method against keep ratio, with standard errors."""
+    table = result["summary"]
+    dense = next(row for row in table if row["method"] == "dense")
+    title = f"Handwritten digits, mean and standard error of {dense['seeds']} seeds"
+    drawn, (axis,) = figure(8.5, 4.2, 1, result, title)
+    axis.axhline(dense["top1"], color="#555555", linewidth=1, label="dense")
+    methods = list(dict.fromkeys(row["method"] for row in table if row is not dense))
+    for i, method in enumerate(methods):
+        rows = [row for row in table if row["method"] == method]
+        axis.errorbar(
+            [row["keep_ratio"] + (i - len(methods) / 2) * 0.006 for row in rows],  # beside each other
+            [row["top1"] for row in rows],
+            [row["standard_error"] or 0.0 for row in rows],
+            marker="s" if method == "token dropping" else "o",
+            capsize=3,
+            label=method,
+        )
+    axis.invert_xaxis()
+    axis.set_xlabel("keep ratio r; stages keep r, r², r³ of the tokens", fontsize=8)
+    axis.set_ylabel("top-1 accuracy, %", fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return drawn
+
+
 def figures(result: dict[str, Any]) -> dict[str, Figure]:
     """By name, what can be drawn from a result; empty for one of another kind."""
     if "models" in result:
-        methods = {method_of(row) for row in result["models"]}
+        methods = {row["method"] for row in result["models"]}
         ratios = {row["keep_ratio"] for row in result["models"]}
         drawn = {"macs": by_macs(result)}
         if methods - {"dense", "IdleViT"}:
@@ -217,6 +273,10 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
         if len(ratios) > 3:
             drawn["keep-ratio"] = by_keep_ratio(result)
         return drawn
+    if "staircase" in result:
+        return {"staircase": staircase(result)}
+    if "summary" in result:
+        return {"accuracy": accuracy(result)}
     steps = [row for row in result.get("rows", []) if isinstance(row, dict)]
     if any("step" in row for row in steps):
         return {"waterfall": waterfall(result)}
@@ -225,9 +285,36 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
     return {}
 
 
+# Of `idlevit train` on a folder of few, small images.
+FEW = ["--model", "test_vit", "--batch-size", "32", "--min-lr", "1e-5", "--clip-grad", "1", "--ema-decay", "0.95"]
+FEW += ["--random-augment", "none", "--random-erasing", "0", "--aug-repeats", "1", "--mixup", "0", "--cutmix", "0"]
+DENSE = ["--weights", "none", "--keep-ratio", "1", "--epochs", "12", "--lr", "1.6e-2", "--warmup-epochs", "2"]
+IDLE = ["--keep-ratio", "0.7", "--epochs", "3", "--lr", "3e-3"]
+
+
+def pictures(folder: Path) -> None:
+    """What trained models idle, on images that they have not seen: of digits, and of materials on photographs."""
+
+    def run(*command: str | Path) -> None:
+        subprocess.run([sys.executable, *map(str, command)], check=True)
+
+    def train(output: Path, *options: str | Path) -> None:
+        run("-m", "idlevit_kernels", "train", "--output", output, "--resume", "auto", *options)
+
+    work = ROOT / "build" / "pictures"
+    work.mkdir(parents=True, exist_ok=True)
+    train(work / "digits")
+    materials = ["--data", work / "images", *FEW]
+    run(ROOT / "examples" / "materials.py", work / "images")
+    train(work / "dense", *materials, *DENSE, "--no-freeze-embeddings")
+    train(work / "materials", *materials, *IDLE, "--weights", max((work / "dense").glob("checkpoint-*.pt")))
+    for name in ("digits", "materials"):
+        run("-m", "idlevit_kernels", "visualize", "--run", work / name, "--output", folder / f"idling-{name}.png")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("files", type=Path, nargs="*", help="results (default: all in bench/results/)")
+    parser.add_argument("files", type=Path, nargs="*", help="results (default: bench/results/*.json, and pictures)")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where to write (default: bench/results/)")
     options = parser.parse_args(arguments)
     matplotlib.rcParams["svg.hashsalt"] = "idlevit"  # the same figure is the same file
@@ -238,9 +325,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     target = options.folder / f"{path.stem}-{name}.{suffix}"
                     drawn.savefig(target, metadata={"Date": None} if suffix == "svg" else None)
                     print(target)
+        if not options.files:
+            pictures(options.folder)
     except (OSError, ValueError, KeyError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
+    except subprocess.CalledProcessError as error:  # the command has told why
+        return error.returncode
     return 0
 
 

@@ -28,6 +28,7 @@ METHODS = [
     "EViT, equal MACs",
     "ToMe, equal MACs",
     "DynamicViT, equal MACs",
+    "Evo-ViT, equal MACs",
 ]
 
 

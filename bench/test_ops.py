@@ -19,12 +19,12 @@ import idlevit_kernels as ik
 from idlevit_kernels import backends, reference, testing
 from idlevit_kernels.benchmark import find_device
 from idlevit_kernels.info import backend_reasons
+from idlevit_kernels.latency import num_inputs
 from idlevit_kernels.timing import Timing, alternated_samples
 
 DEVICE = find_device("bench", None)
 CASES = {batch: testing.Case(batch, 196, 384, 137) for batch in (1, 8, 32)}
 SECONDS = 1.5  # for each group
-INPUTS = 3  # sets of arguments, which each form goes round
 
 
 def _rows(indices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,8 @@ def call(op: str, form: str) -> Callable[..., Any]:
 def comparison(op: str, batch: int, compiled: bool) -> dict[str, list[float]]:
     """Seconds per call, of each form, measured in alternation."""
     case = CASES[batch]
-    arguments = [testing.make_arguments(op, case, seed, DEVICE.type) for seed in range(INPUTS)]
+    sets = num_inputs(bytes_moved(op, case), DEVICE)  # of arguments, which each form goes round
+    arguments = [testing.make_arguments(op, case, seed, DEVICE.type) for seed in range(sets)]
     calls = {form: call(op, form) for form in (*forms(op), *(["compiled reference"] if compiled else []))}
     wanted = testing.expected(op, arguments[0])
     for function in calls.values():

@@ -41,7 +41,7 @@ class ModelRow:
 
     Attributes:
         method: "dense", "IdleViT" or the name of a peer.
-        keep_ratio: of the IdleViT, or of the one that a peer is compared with; None for the dense model.
+        keep_ratio: of the IdleViT, or of the one that a peer is compared with; None for the dense model and a schedule.
         setting: of a peer, in words; empty for the others.
         macs: of one image.
         images_per_second, p20, p80: from the median and the percentiles of the time of a batch.
@@ -73,7 +73,7 @@ class BlockRow:
     """The idle block named ``block`` on [B, T, C] and timm's dense block on [B, P + K, C], its floor, in eager mode."""
 
     batch: int
-    keep_ratio: float  # of the model
+    keep_ratio: float | None  # of the model; None for a schedule
     block: str
     num_tokens: int  # T
     num_prefix_tokens: int  # P
@@ -113,6 +113,7 @@ class ModelBenchmark:
         device: "cpu", "cuda" or "cuda:<index>"; None for the best there is.
         compiled: measure every model under torch.compile as well.
         peers: measure the other methods of bench/peers/ beside each keep ratio.
+        schedule: measure the model with these ratios of the layers, too.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, or a model that cannot idle; the message says why.
@@ -129,19 +130,25 @@ class ModelBenchmark:
         device: str | None = None,
         compiled: bool = False,
         peers: bool = False,
+        schedule: Sequence[float] | None = None,
     ):
         ratios = [check_ratio("bench", ratio) for ratio in dict.fromkeys(keep_ratios)]
         if min(batches) < 1:
             raise value_error("bench", "batch", "at least 1", min(batches))
+        if peers and not ratios:
+            raise value_error(
+                "bench", "peers", "given with a keep ratio, at which they are compared", "a schedule alone"
+            )
         torch_dtype = find_dtype("bench", dtype)
         self.device = find_device("bench", device)
         self.batches = list(dict.fromkeys(batches))
         self.compiled = compiled
         self.dense, self.input_size = create_model("bench", model, image_size)
         self.dense.eval().requires_grad_(False).to(self.device, torch_dtype)
-        self.idle = {ratio: apply_idle(sharing_weights(self.dense), ratio) for ratio in ratios}
-        self.models: dict[Variant, nn.Module] = {DENSE: self.dense}
-        self.models |= {Variant("IdleViT", ratio): idle for ratio, idle in self.idle.items()}
+        self.idle = {Variant("IdleViT", r): apply_idle(sharing_weights(self.dense), r) for r in ratios}
+        if schedule is not None:
+            self.idle[Variant("IdleViT")] = apply_idle(sharing_weights(self.dense), schedule=schedule)
+        self.models: dict[Variant, nn.Module] = {DENSE: self.dense, **self.idle}
         try:
             self.macs = {variant: self._count(m) for variant, m in self.models.items()}
         except (AssertionError, RuntimeError) as error:  # of the first forward pass
@@ -178,8 +185,10 @@ class ModelBenchmark:
         return count_macs(model, self.input_size).total
 
     def _add_peers(self, peers: ModuleType) -> None:
-        for ratio in self.idle:
-            macs = self.macs[Variant("IdleViT", ratio)]
+        for idle in self.idle:
+            ratio, macs = idle.keep_ratio, self.macs[idle]
+            if ratio is None:  # a peer of a schedule has no ratio
+                continue
             for name, (peer, setting) in peers.peers_of(self.dense, ratio, macs, self.input_size).items():
                 variant = Variant(name, ratio, setting)
                 self.models[variant], self.macs[variant] = peer.eval(), self._count(peer)
@@ -233,7 +242,7 @@ class ModelBenchmark:
             )
 
     def _measure_blocks(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
-        pairs = [(ratio, *pair) for ratio, model in self.idle.items() for pair in _first_of_each_stage(model)]
+        pairs = [(idle.keep_ratio, *pair) for idle, model in self.idle.items() for pair in _first_of_each_stage(model)]
         # About what a round of each costs: the kept tokens, and something that does not depend on them.
         costs = [0.25 + idle.keep_ratio for _, _, idle in pairs]
         for (ratio, name, idle), cost in zip(pairs, costs, strict=True):

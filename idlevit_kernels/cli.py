@@ -41,6 +41,7 @@ KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no sc
 SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
 WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
 PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+_DRAWN = 4  # images of a run, where none are named
 
 
 def main() -> None:
@@ -123,7 +124,10 @@ def _section(title: str, lines: dict[str, Any]) -> Table:
 @app.command()
 def bench(
     model: Annotated[str, typer.Option(help="Name of a timm model of a supported family.")] = "deit_small_patch16_224",
-    keep_ratio: Annotated[list[float], typer.Option(help="Repeat it for several.")] = [0.9, 0.8, 0.7, 0.6, 0.5],  # noqa: B006
+    keep_ratio: Annotated[
+        list[float] | None, typer.Option(help="Repeat it for several; 0.9, 0.8, ... 0.5 if no schedule is given.")
+    ] = None,
+    schedule: Annotated[Path | None, SCHEDULE] = None,
     batch: Annotated[list[int], typer.Option(help="Images in a batch; repeat it for several.")] = [1, 8, 32],  # noqa: B006
     image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -144,19 +148,25 @@ def bench(
     from .benchmark import ModelBenchmark, set_threads
     from .errors import value_error
     from .info import device_name, environment
+    from .schedule import read_schedule
 
     with contextlib.ExitStack() as stack:
         with _bad_input():
             if not seconds > 0:
                 raise value_error("bench", "seconds", "more than 0", seconds)
+            layers = None if schedule is None else read_schedule("bench", schedule)
+            ratios = keep_ratio or ([0.9, 0.8, 0.7, 0.6, 0.5] if schedule is None else [])
             set_threads("bench", threads)
             temporary = json_file and stack.enter_context(_temporary_beside(json_file, "bench", "json"))
-            benchmark = ModelBenchmark(model, keep_ratio, batch, image_size, dtype, device, compiled, peers)
+            benchmark = ModelBenchmark(
+                model, ratios, batch, image_size, dtype, device, compiled, peers, schedule=layers
+            )
             facts = {
                 "command": shlex.join(["idlevit", *sys.argv[1:]]),
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
                 "model": model,
                 "input_size": benchmark.input_size,
+                "schedule": layers,
                 "dtype": dtype,
                 "device": str(benchmark.device),
                 "device_name": device_name(benchmark.device),
@@ -239,7 +249,7 @@ def _bench_table(result: Result) -> Table:
     if not peers:  # they leave no room for more
         table.add_column("reached", justify="right")
         table.add_column("block overhead\nby stage", justify="right")
-    overheads: dict[tuple[int, float], list[str]] = {}
+    overheads: dict[tuple[int, float | None], list[str]] = {}
     for block in result.blocks:
         overheads.setdefault((block.batch, block.keep_ratio), []).append(f"{block.overhead:.2f}")
     previous = None
@@ -251,8 +261,9 @@ def _bench_table(result: Result) -> Table:
             *_bench_cells(row, compiled, peers),
         ]
         if not peers:
-            stages = [] if row.compiled else overheads.get((row.batch, row.keep_ratio or 0.0), [])
-            cells += ["" if row.keep_ratio is None else f"{row.share_of_bound:.0%}", " ".join(stages)]
+            dense = row.method == "dense"
+            stages = [] if row.compiled or dense else overheads.get((row.batch, row.keep_ratio), [])
+            cells += ["" if dense else f"{row.share_of_bound:.0%}", " ".join(stages)]
         table.add_row(*cells)
         previous = row
     return table
@@ -260,10 +271,11 @@ def _bench_table(result: Result) -> Table:
 
 def _bench_cells(row: ModelRow, compiled: bool, peers: bool) -> list[str]:
     digits = 1 if row.images_per_second < 1000 else 0
-    dense = row.keep_ratio is None
+    dense = row.method == "dense"
+    ratio = "schedule" if row.keep_ratio is None else f"{row.keep_ratio:g}"
     over_compiled = "" if row.speedup_compiled is None else f"{row.speedup_compiled:.2f}x"
     return [
-        ("" if peers else "dense") if dense else f"{row.keep_ratio:g}",
+        ("" if peers else "dense") if dense else ratio,
         *([row.method] if peers else []),
         *(["compiled" if row.compiled else "eager"] if compiled else []),
         f"{row.macs / 1e9:.3f}",
@@ -277,10 +289,18 @@ def _bench_cells(row: ModelRow, compiled: bool, peers: bool) -> list[str]:
 
 @app.command()
 def visualize(
-    image: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One: in detail. Several: a row each.")],
+    context: typer.Context,
+    image: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGE]...", help="One: in detail. Several: a row each. None: some of --run's data."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG, SVG or PDF.")] = Path(
         "idling.png"
     ),
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What `idlevit train --output DIR` trained, or one of its checkpoints."),
+    ] = None,
     model: Annotated[str, MODEL] = "deit_small_patch16_224",
     keep_ratio: Annotated[float | None, KEEP_RATIO] = None,
     schedule: Annotated[Path | None, SCHEDULE] = None,
@@ -289,12 +309,30 @@ def visualize(
     pretrained: Annotated[bool, PRETRAINED] = False,
 ) -> None:
     """Draws which tokens each idle layer keeps, how often each is chosen, which come back, and their scores."""
+    from .errors import value_error
+    from .models import apply_idle
+    from .schedule import read_schedule
     from .visualize import visualize as draw
 
-    with _bad_input():
-        _, idle, _ = _dense_and_idle("visualize", model, keep_ratio, schedule, image_size, weights, pretrained)
-        draw(idle, image).savefig(output)
-    trained = weights is not None or pretrained
+    images: list[Any] = list(image or [])
+    with _bad_input(), _failed_run():
+        if run is None:
+            if not images:
+                raise value_error("visualize", "IMAGE", "a file, or several (or pass --run)", None)
+            _, idle, _ = _dense_and_idle("visualize", model, keep_ratio, schedule, image_size, weights, pretrained)
+        else:
+            from .train.task import Place, load_run, some_images
+
+            for name in ("model", "image_size", "weights", "pretrained"):
+                if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+                    raise value_error("visualize", name, "left out where --run is given", context.params[name])
+            recipe, data, dense = load_run("visualize", run, Place())
+            given = {"keep_ratio": keep_ratio, "schedule": schedule and read_schedule("visualize", schedule)}
+            given = {name: value for name, value in given.items() if value is not None}
+            idle = apply_idle(dense.eval().requires_grad_(False), **(given or recipe.idle))
+            images = images or some_images(data, _DRAWN)
+        draw(idle, images).savefig(output)
+    trained = run is not None or weights is not None or pretrained
     print(
         f"{output}{'' if trained else ' (random weights: what they choose says nothing; see --weights, --pretrained)'}"
     )

@@ -22,13 +22,28 @@ from .timing import alternate
 
 # What takes less than this less is not faster: the noise of a few samples.
 _RELEVANT = 0.02
+# More than the L2 cache of any GPU holds.
+_ROTATED_BYTES = 256 << 20
 # Of a comparison of two blocks.
 _SECONDS, _ROUNDS = 0.5, 9
 
 
+def num_inputs(num_bytes: int, device: torch.device) -> int:
+    """How many inputs of so many bytes a benchmark goes round, so that none is found in the cache; 64 at most."""
+    if device.type != "cuda":
+        return 3
+    return min(max(3, math.ceil(_ROTATED_BYTES / max(1, num_bytes))), 64)
+
+
+def random_inputs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """As many as ``num_inputs`` says."""
+    count = num_inputs(math.prod(shape) * dtype.itemsize, device)
+    return [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
+
+
 def rotating(model: Callable[..., Any], shape: tuple[int, ...], like: Tensor) -> Callable[[], Any]:
     """A call of the model on the next of a few random inputs, so that none is found in the cache."""
-    rotation = itertools.cycle([torch.randn(shape, device=like.device, dtype=like.dtype) for _ in range(3)])
+    rotation = itertools.cycle(random_inputs(shape, like.device, like.dtype))
     return lambda: model(next(rotation))
 
 

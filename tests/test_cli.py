@@ -164,7 +164,35 @@ def test_alternate_samples_all_calls_alike():
     assert progress == sorted(progress) and 0 < progress[0] and progress[-1] <= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_is_timed_to_the_end_of_its_work():
+    x = torch.randn(4096, 4096, device="cuda")
+    calls = {"one": lambda: x @ x, "two": lambda: x @ x @ x}
+    timings = timing.alternate(calls, 0.5, device="cuda")
+    assert 1e-4 < timings["one"].median and 1.5 < timings["two"].median / timings["one"].median < 2.5
+
+
+def test_bench_measures_a_schedule(tmp_path):
+    schedule, path = tmp_path / "schedule.json", tmp_path / "bench.json"
+    ratios = [1.0, 1.0, 1.0, 1.0, *[0.6] * 4, *[0.3] * 4]
+    schedule.write_text(json.dumps({"schedule": ratios}))
+    result = run("bench", *SMALL, "--batch", "1", "--schedule", str(schedule), "--json", str(path))
+    assert "schedule" in result.stdout
+    facts = json.loads(path.read_text())
+    assert facts["schedule"] == ratios
+    assert [(row["method"], row["keep_ratio"]) for row in facts["models"]] == [("dense", None), ("IdleViT", None)]
+    assert facts["models"][1]["mac_bound"] > 1
+    assert [(row["block"], row["num_keep"]) for row in facts["blocks"]] == [("blocks.4", 9), ("blocks.8", 4)]
+    assert facts["blocks"][0]["num_tokens"] == 17
+    refused = run("bench", *SMALL, "--schedule", str(schedule), "--peers", code=2)
+    assert "peers must be given with a keep ratio" in refused.stderr
+
+
 def test_benchmarked_models_share_their_weights():
     bench = benchmark.ModelBenchmark("deit_tiny_patch16_224", [0.5], [1], image_size=32, device="cpu")
-    dense, idle = dict(bench.dense.named_parameters()), dict(bench.idle[0.5].named_parameters())
+    dense, idle = (
+        dict(bench.dense.named_parameters()),
+        dict(bench.idle[benchmark.Variant("IdleViT", 0.5)].named_parameters()),
+    )
     assert dense.keys() == idle.keys() and all(dense[name] is idle[name] for name in dense)

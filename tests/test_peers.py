@@ -62,7 +62,7 @@ def attention_map(block: nn.Module, x: Tensor) -> Tensor:
     return (q @ k.transpose(2, 3) * block.attn.scale).softmax(-1)
 
 
-@pytest.mark.parametrize("name", ["EViT", "DynamicViT", "ReleasedIdleViT", "ToMe"])
+@pytest.mark.parametrize("name", ["EViT", "EvoViT", "DynamicViT", "ReleasedIdleViT", "ToMe"])
 def test_a_peer_that_drops_nothing_is_the_dense_model(deit: nn.Module, name: str) -> None:
     image = images()
     peer = getattr(peers, name)(deit, 0.0 if name == "ToMe" else 1.0).eval()
@@ -148,6 +148,39 @@ def test_tome_counts_a_token_as_often_as_it_stands_for_a_patch(deit: nn.Module) 
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_evovit_computes_a_representative_token_beside_the_slow_ones(deit: nn.Module) -> None:
+    assert tokens_of_each_mlp(peers.EvoViT(deit, 0.5)) == [65] * 4 + [1 + 32 + 1] * 8
+
+
+def test_evovit_updates_slow_and_fast(deit: nn.Module) -> None:
+    """Section 3.3, token by token: two layers of a stage."""
+    stage, x = deit.blocks[4:6], torch.randn(2, 65, 192)
+    importance = torch.rand(2, 64)
+    found, found_importance = peers.evovit.slow_fast(stage, x, importance, 20)
+    for b in range(2):
+        order = importance[b].argsort(descending=True).tolist()
+        kept, others = sorted(order[:20]), order[20:]
+        total = sum(importance[b, j] for j in others)
+        representative = sum(importance[b, j] / total * x[b, 1 + j] for j in others)
+        y = torch.stack([x[b, 0], *(x[b, 1 + j] for j in kept), representative])[None]
+        seen = importance[b].clone()
+        gained = torch.zeros(192)
+        for block in stage:
+            attended = attention_map(block, y)[0, :, 0].mean(0)
+            for place, j in enumerate(kept):
+                seen[j] = 0.5 * seen[j] + 0.5 * attended[1 + place]
+            for branch in (
+                lambda y, block=block: block.attn(block.norm1(y)),
+                lambda y, block=block: block.mlp(block.norm2(y)),
+            ):
+                residual = branch(y)
+                y, gained = y + residual, gained + residual[0, -1]
+        wanted = x[b] + gained
+        wanted[[0, *(1 + j for j in kept)]] = y[0, :-1]
+        torch.testing.assert_close(found[b], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found_importance[b], seen, rtol=1e-4, atol=1e-5)
+
+
 def test_dynamicvit_keeps_the_best_of_each_predictor(deit: nn.Module) -> None:
     peer = peers.DynamicViT(deit, 0.7).eval()
     kept = [int(64 * 0.7**stage) for stage in (1, 2, 3)]
@@ -213,7 +246,7 @@ def test_peers_are_set_to_equal_macs() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["EViT", "DynamicViT", "ReleasedIdleViT", "ToMe"])
+@pytest.mark.parametrize("name", ["EViT", "EvoViT", "DynamicViT", "ReleasedIdleViT", "ToMe"])
 def test_peers_compile(deit: nn.Module, name: str) -> None:
     image, peer = images(), getattr(peers, name)(deit, 3 if name == "ToMe" else 0.5).eval()
     compiled = torch.compile(peer, fullgraph=True, dynamic=False)
@@ -236,7 +269,8 @@ def test_bench_puts_the_peers_beside_idlevit(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     rows = {row["method"]: row for row in json.loads(path.read_text())["models"]}
-    names = ["released order", "EViT", "EViT, equal MACs", "ToMe, equal MACs", "DynamicViT, equal MACs"]
+    names = ["released order", "EViT"]
+    names += [f"{method}, equal MACs" for method in ("EViT", "ToMe", "DynamicViT", "Evo-ViT")]
     assert list(rows) == ["dense", "IdleViT", *names]
     for name in names:
         assert name in result.stdout

@@ -144,3 +144,23 @@ def test_the_command(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["visualize", *options, *arguments])
         (line,) = result.stderr.splitlines()
         assert result.exit_code == 2 and line.startswith("idlevit: ") and "missing" in line
+
+
+def test_a_run_is_drawn_on_its_own_images_or_others(tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "idling.png"
+    trained = CliRunner().invoke(app, ["train", "--output", str(run), "--weights", "none", "--epochs", "1"])
+    assert trained.exit_code == 0, trained.output
+
+    def draw(*options: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, ["visualize", "--run", str(run), "-o", str(output), *options])
+        assert result.exit_code == code, result.output
+        return result.stdout if code == 0 else result.stderr
+
+    assert "random weights" not in draw()
+    with Image.open(output) as drawn:
+        assert min(drawn.size) > 300
+    assert draw("--keep-ratio", "0.4")
+    for option in (("--model", "deit_small_patch16_224"), ("--pretrained",), ("--image-size", "24")):
+        assert "left out where --run is given" in draw(*option, code=2)
+    assert "directory that holds one" in CliRunner().invoke(app, ["visualize", "--run", str(tmp_path)]).stderr
+    assert "(or pass --run)" in CliRunner().invoke(app, ["visualize"]).stderr

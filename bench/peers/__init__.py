@@ -15,10 +15,11 @@ from idlevit_kernels import count_macs
 
 from .dynamicvit import DynamicViT
 from .evit import EViT
+from .evovit import EvoViT
 from .released import ReleasedIdleViT
 from .tome import ToMe
 
-__all__ = ["DynamicViT", "EViT", "ReleasedIdleViT", "ToMe", "peers_of", "setting_for_macs"]
+__all__ = ["DynamicViT", "EViT", "EvoViT", "ReleasedIdleViT", "ToMe", "peers_of", "setting_for_macs"]
 
 
 def peers_of(
@@ -40,6 +41,7 @@ def peers_of(
         return setting_for_macs(lambda setting: peer(on_meta, setting), macs, low, high, input_size)
 
     keep_rate, ratio = at_equal_macs(EViT, 0.01, 1.0), at_equal_macs(DynamicViT, 0.05, 1.0)
+    slow = at_equal_macs(EvoViT, 0.01, 1.0)
     r = ToMe(model, at_equal_macs(ToMe, 0.0, 2 * on_meta.patch_embed.num_patches / len(on_meta.blocks))).r
     return {
         "released order": (ReleasedIdleViT(model, keep_ratio), f"keep ratio {keep_ratio:g}"),
@@ -47,6 +49,7 @@ def peers_of(
         "EViT, equal MACs": (EViT(model, keep_rate), f"keep rate {keep_rate:.3f}"),
         "ToMe, equal MACs": (ToMe(model, r), f"{r:.2f} tokens merge in a layer"),
         "DynamicViT, equal MACs": (DynamicViT(model, ratio), f"keep ratio {ratio:.3f}"),
+        "Evo-ViT, equal MACs": (EvoViT(model, slow), f"keep ratio {slow:.3f}"),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .vit import Peer, attend, attention, gather, mlp, queries_keys_values
+from .vit import Peer, attend, attention, class_attention, gather, mlp, queries_keys_values
 
 
 class EViT(Peer):
@@ -38,11 +38,10 @@ class EViT(Peer):
     def attend_and_fuse(self, block: Any, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, 1 + K + 1, C]: the class token, the attentive tokens, the fused token."""
         q, k, v = queries_keys_values(block.attn, block.norm1(x))
-        # Only the class token's row of the attention map is read, so only that is made; SDPA does the rest.
-        attention = (q[:, :, :1] * block.attn.scale @ k.transpose(2, 3)).softmax(-1)[:, :, 0, 1:].mean(1)  # [B, T - 1]
+        attentiveness = class_attention(block.attn, q, k)
         x = x + attend(block, q, k, v)
-        num_keep = math.ceil(self.keep_rate * attention.shape[1])
-        kept = attention.topk(num_keep, sorted=False).indices
-        others = attention.scatter(1, kept, 0.0)  # the attentive tokens have no part in the sum
+        num_keep = math.ceil(self.keep_rate * attentiveness.shape[1])
+        kept = attentiveness.topk(num_keep, sorted=False).indices
+        others = attentiveness.scatter(1, kept, 0.0)  # the attentive tokens have no part in the sum
         fused = others.unsqueeze(1) @ x[:, 1:]
         return torch.cat([x[:, :1], gather(x[:, 1:], kept), fused], dim=1)

@@ -56,6 +56,14 @@ def attend(block: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
     return block.ls1(linear(block.attn.norm(out.transpose(1, 2).flatten(2)), block.attn.proj))
 
 
+def class_attention(attn: Any, q: Tensor, k: Tensor) -> Tensor:
+    """The class token's attention to all other tokens, mean over heads: [B, n - 1].
+
+    Where a method reads no more of the attention map, only this row is made, and ``attend`` takes fused attention.
+    """
+    return (q[:, :, :1] * attn.scale @ k.transpose(2, 3)).softmax(-1)[:, :, 0, 1:].mean(1)
+
+
 def attention(block: Any, x: Tensor) -> Tensor:
     return x + block.ls1(dense.attention(block.attn, block.norm1(x), "auto"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from ..benchmark import check_model_name, set_threads
 from ..complexity import count_macs
@@ -19,7 +19,7 @@ from ..models import apply_idle
 from ..schedule import check_ratio
 from ..timing import alternate
 from . import checkpoint
-from .data import Data, open_data, val_loader
+from .data import Data, UnreadableImage, open_data, val_loader
 from .distributed import World
 from .engine import Options, Score, Trainer, autocast, evaluate
 from .models import create_model
@@ -120,26 +120,15 @@ def evaluate_run(
     """
     world = _join(place)
     try:
-        weights = None
         if source is not None:
-            if source.is_dir():
-                found = checkpoint.newest(source)
-                if found is None:
-                    raise value_error("eval", "source", "a checkpoint or a directory that holds one", str(source))
-                state = found[1]
-            else:
-                state = checkpoint.load(source)
-            known = {f.name for f in dataclasses.fields(Recipe)}
-            given = {k: v for k, v in state["recipe"].items() if k in known} | given
-            weights = state["model_ema" if ema else "model"]
-        recipe = recipe_for(given)
-        if weights is None and recipe.weights == "dense":
-            raise value_error("eval", "source", "a checkpoint or the directory of a run, or pass --weights", source)
-        data = _open(recipe, place)
-        start = None if weights is not None or recipe.weights == "none" else recipe.weights
-        model = create_model(recipe, data.num_classes, start)
-        if weights is not None:
-            model.load_state_dict(weights)
+            recipe, data, model = load_run("eval", source, place, given, ema)
+        else:
+            recipe = recipe_for(given)
+            if recipe.weights == "dense":
+                expected = "a checkpoint or the directory of a run, or pass --weights"
+                raise value_error("eval", "source", expected, source)
+            data = _open(recipe, place)
+            model = create_model(recipe, data.num_classes, None if recipe.weights == "none" else recipe.weights)
         model.eval().requires_grad_(False).to(world.device)
         models = {"dense": model}
         if recipe.schedule is not None and not keep_ratios:
@@ -154,6 +143,40 @@ def evaluate_run(
         return rows
     finally:
         world.leave()
+
+
+def load_run(
+    op: str, source: Path, place: Place, given: dict[str, Any] | None = None, ema: bool = False
+) -> tuple[Recipe, Data, nn.Module]:
+    """What a run of ``train`` left: its recipe, its data, and the model with the trained weights, dense.
+
+    Args:
+        source: a checkpoint, or the directory of the run, whose newest is taken.
+        given, ema: as in ``evaluate_run``.
+    """
+    if source.is_dir():
+        found = checkpoint.newest(source)
+        if found is None:
+            raise value_error(op, "source", "a checkpoint or a directory that holds one", str(source))
+        state = found[1]
+    else:
+        state = checkpoint.load(source)
+    known = {f.name for f in dataclasses.fields(Recipe)}
+    recipe = recipe_for({k: v for k, v in state["recipe"].items() if k in known} | (given or {}))
+    data = _open(recipe, place)
+    model = create_model(recipe, data.num_classes, None)
+    model.load_state_dict(state["model_ema" if ema else "model"])
+    return recipe, data, model
+
+
+def some_images(data: Data, count: int) -> list[Tensor]:
+    """Images of the validation data, far from each other, as the model takes them."""
+    total: int = len(data.val)  # type: ignore[arg-type]
+    samples = [data.val[i, (i,)] for i in range(0, total, max(1, total // count))][:count]
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    if unreadable:
+        raise UnreadableImage(unreadable)
+    return [sample.image for sample in samples]
 
 
 def compare(

@@ -111,8 +111,8 @@ class ModelBenchmark:
         image_size: height and width of the images; None for the model's own.
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "cuda:<index>"; None for the best there is.
-        compiled: measure every model under torch.compile as well.
-        peers: measure the other methods of bench/peers/ beside each keep ratio.
+        compiled: measure dense and IdleViT under torch.compile as well.
+        peers: measure the other methods of bench/peers/ beside each keep ratio, in eager mode.
         schedule: measure the model with these ratios of the layers, too.
 
     Raises:
@@ -208,7 +208,7 @@ class ModelBenchmark:
         if self.compiled:
             # All models share the code of one forward: past dynamo's limit of compilations it would give up.
             torch.compiler.reset()
-            for variant, model in self.models.items():
+            for variant, model in ({DENSE: self.dense} | self.idle).items():
                 variants[variant, True] = torch.compile(model, fullgraph=True, dynamic=False)
         calls = self._calls(variants, (batch, *self.input_size))
         steps.begin(f"batch {batch}, models", seconds)

@@ -134,7 +134,7 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:INDEX; by default the best there is.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes.")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Measure torch.compile of all models too; compiling takes minutes.")
+        bool, typer.Option("--compile", help="Measure torch.compile of dense and IdleViT too; compiling takes minutes.")
     ] = False,
     peers: Annotated[
         bool, typer.Option("--peers", help="Measure EViT, ToMe, DynamicViT and the paper's released order too.")

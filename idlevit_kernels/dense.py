@@ -76,14 +76,14 @@ _MIN_MACS = 2**25
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype is torch.float32
+        not torch.compiler.is_compiling()  # first: a compiler cannot trace all that follows
+        and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
         and x.numel() * weight.shape[0] >= _MIN_MACS
         and _onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from idlevit_kernels.tables import console_for
 
 Key = tuple[int, str, float, bool]
 Spread = tuple[float, float, float]  # 20th percentile, median, 80th percentile
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells = [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in both]
         name = f"{method}, compiled" if compiled else method
         table.add_row(str(batch), name, f"{ratio:g}", "images/s" if dense else "x dense", *cells, words)
-    Console(highlight=False, width=max(120, Console().width)).print(table)
+    console_for(table).print(table)
     return int(any(words.startswith("slower") for *_, words in rows))
 
 

@@ -149,6 +149,7 @@ def bench(
     from .errors import value_error
     from .info import device_name, environment
     from .schedule import read_schedule
+    from .tables import console_for
 
     with contextlib.ExitStack() as stack:
         with _bad_input():
@@ -175,7 +176,8 @@ def bench(
             }
         with _progress() as on_progress:
             result = benchmark.run(seconds, on_progress)
-        Console(highlight=False).print(_bench_text(facts, result))
+        table = _bench_table(result)
+        console_for(table).print(_bench_text(facts, result, table))
         if json_file and temporary:
             temporary.write_text(json.dumps({**facts, **dataclasses.asdict(result)}, indent=2) + "\n")
             os.replace(temporary, json_file)
@@ -209,7 +211,7 @@ def _progress() -> Iterator[Any]:
         yield lambda label, done: progress.update(task, description=label, completed=done)
 
 
-def _bench_text(facts: dict[str, Any], result: Result) -> Group:
+def _bench_text(facts: dict[str, Any], result: Result, table: Table) -> Group:
     env = facts["environment"]
     size = "x".join(map(str, facts["input_size"]))
     header = Text(
@@ -230,7 +232,7 @@ def _bench_text(facts: dict[str, Any], result: Result) -> Group:
         )
     if settings := {f"at {row.keep_ratio:g} {row.method}: {row.setting}" for row in result.models if row.setting}:
         legend.append(f"\nPeers: {'; '.join(sorted(settings))}.")
-    return Group(header, "", _bench_table(result), "", legend)
+    return Group(header, "", table, "", legend)
 
 
 def _bench_table(result: Result) -> Table:

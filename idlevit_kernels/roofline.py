@@ -15,13 +15,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 from .reference.layer_norm import accumulate_dtype
 from .schedule import num_kept
+from .tables import console_for
 from .timing import Timing, alternate
 
 _INDEX_BYTES = 8
@@ -278,16 +278,17 @@ def main(
     inplace: Annotated[bool, typer.Option("--inplace", help="The block writes into its input (GPUs).")] = False,
 ) -> None:
     """Prints what the idle block of DeiT-S must cost on several devices (keep ratio 0.7, its three stages)."""
-    console = Console(highlight=False)
     shapes = [deit_s(b, stage) for b in batch for stage in (1, 2, 3)]
-    console.print(steps_table(shapes[-3], GPUS, inplace))
-    console.print(overhead_table(shapes, GPUS, inplace))
+    on_gpus = steps_table(shapes[-3], GPUS, inplace), overhead_table(shapes, GPUS, inplace)
+    console = console_for(*on_gpus)
+    console.print(*on_gpus, sep="\n")
     console.print(
         f"GPUs: bfloat16, published peaks, and {1e6 * _GPU_LAUNCH:g} us for each kernel (assumed). Not measured.\n",
         style="dim",
     )
     on_cpu = [dataclasses.replace(shape, dtype=torch.float32) for shape in shapes]
-    console.print(cpu_table(on_cpu, seconds if measure else None))
+    table = cpu_table(on_cpu, seconds if measure else None)
+    console_for(table).print(table)
 
 
 if __name__ == "__main__":

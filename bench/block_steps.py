@@ -18,12 +18,12 @@ from typing import Any
 import timm
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import idlevit_kernels as ik
 from idlevit_kernels import dense
 from idlevit_kernels.info import device_name, environment
+from idlevit_kernels.tables import console_for
 from idlevit_kernels.timing import Timing, alternate
 
 MODEL, LAYER, TOKENS, CHANNELS = "deit_small_patch16_224", 5, 197, 384
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(name, *(f"{t.median * 1e6:.0f} ({t.p20 * 1e6:.0f}-{t.p80 * 1e6:.0f})" for t in found))
         for batch, t in zip(options.batch, found, strict=True):
             rows.append({"batch": batch, "step": name, "seconds": t.median, "p20": t.p20, "p80": t.p80, "samples": t.n})
-    Console(highlight=False).print(table)
+    console_for(table).print(table)
     if options.json:
         facts = {
             "command": shlex.join(["python", "bench/block_steps.py", *(arguments or sys.argv[1:])]),

@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Progress = Callable[[str, float], None]  # what is running, and the share of the whole that is done
 
 _MIN_ROUNDS = 3
-_EQUAL_SHARE = 0.12  # of the time goes to all batch sizes alike, the rest by the number of images
+_EQUAL_SHARE = 0.3  # of the time goes to all batch sizes alike, the rest by the number of images
 _MODEL_SHARE = 0.78  # of the time at a batch size; the single blocks get the rest, for about as many rounds
 
 

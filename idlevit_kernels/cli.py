@@ -137,7 +137,7 @@ def bench(
         bool, typer.Option("--compile", help="Measure torch.compile of dense and IdleViT too; compiling takes minutes.")
     ] = False,
     peers: Annotated[
-        bool, typer.Option("--peers", help="Measure EViT, ToMe, DynamicViT and the paper's released order too.")
+        bool, typer.Option("--peers", help="Measure EViT, ToMe, DynamicViT, Evo-ViT and the released order too.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="Time to measure for, if three rounds of all fit into it.")] = 92.0,
     json_file: Annotated[

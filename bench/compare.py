@@ -19,27 +19,31 @@ from rich.table import Table
 
 from idlevit_kernels.tables import console_for
 
-Key = tuple[int, str, float, bool]
+Key = tuple[int, str, str, bool]
 Spread = tuple[float, float, float]  # 20th percentile, median, 80th percentile
 
 
-def key(row: dict[str, Any]) -> Key:
-    """Batch, method, keep ratio (1 for dense) and whether compiled."""
+def key(row: dict[str, Any], schedule: Sequence[float] | None) -> Key:
+    """Batch, method, keep ratio or schedule in words, and whether compiled."""
     ratio = row["keep_ratio"]
-    return row["batch"], row.get("method", "dense" if ratio is None else "IdleViT"), ratio or 1.0, row["compiled"]
+    if row["method"] == "dense":
+        kept = "1"
+    else:
+        kept = f"{ratio:g}" if ratio is not None else " ".join(f"{r:g}" for r in schedule or [])
+    return row["batch"], row["method"], kept, row["compiled"]
 
 
 def read(path: Path) -> dict[Key, dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text())["models"]
-        return {key(row): row for row in rows}
+        result = json.loads(path.read_text())
+        return {key(row, result.get("schedule")): row for row in result["models"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a file that `idlevit bench --json` wrote: {error!r}") from error
 
 
 def spread(rows: dict[Key, dict[str, Any]], which: Key) -> Spread:
     """Of the speed-up over dense in eager mode; of dense itself, of images per second."""
-    row, dense = rows[which], rows[which[0], "dense", 1.0, False]
+    row, dense = rows[which], rows[which[0], "dense", "1", False]
     if row is dense:
         return row["p20"], row["images_per_second"], row["p80"]
     return row["p20"] / dense["p80"], row["speedup"], row["p80"] / dense["p20"]
@@ -74,11 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("batch", "method", "keep", "unit", "old (p20-p80)", "new (p20-p80)", "verdict"):
         table.add_column(title, justify="left" if title in ("method", "unit", "verdict") else "right", no_wrap=True)
-    for (batch, method, ratio, compiled), *both, words in rows:
+    for (batch, method, kept, compiled), *both, words in rows:
         dense = method == "dense" and not compiled
         cells = [f"{median:.2f} ({low:.2f}-{high:.2f})" for low, median, high in both]
         name = f"{method}, compiled" if compiled else method
-        table.add_row(str(batch), name, f"{ratio:g}", "images/s" if dense else "x dense", *cells, words)
+        table.add_row(
+            str(batch), name, kept if " " not in kept else "schedule", "images/s" if dense else "x dense", *cells, words
+        )
     console_for(table).print(table)
     return int(any(words.startswith("slower") for *_, words in rows))
 

@@ -209,7 +209,7 @@ def ops(
 
     def measure(seconds: float, op: str, B: int, compiled: bool = False) -> list[Row]:
         T, n, C, dtype = shape.T, shape.n, shape.C, shape.dtype
-        tokens = random_inputs((B, T, C), device, dtype)
+        tokens = random_inputs((B, T, C), torch.empty(0, device=device, dtype=dtype))
         u, branch, kept = (torch.randn(s, device=device, dtype=dtype) for s in ((B, C), (B, n, C), (B, n, C)))
         norm = nn.LayerNorm(C, eps=1e-6, device=device, dtype=dtype)
         scores = torch.randn(B, T, device=device)
@@ -282,7 +282,7 @@ def block(
         T, C, H = blocks[block]
         num_keep = num_kept(keep_ratio**stage, T - 1)
         dense = Block(C, H, qkv_bias=True).eval().to(device, dtype)
-        tokens = random_inputs((B, T, C), device, dtype)
+        tokens = random_inputs((B, T, C), torch.empty(0, device=device, dtype=dtype))
         kept = [x[:, : 1 + num_keep].contiguous() for x in tokens]
         graphs = {"idle": captured(lambda x: ik.idle_block(x, dense, num_keep), tokens), "dense": captured(dense, kept)}
         timings = alternate(graphs, seconds, device=device)
@@ -330,7 +330,7 @@ def model(
         add({"variant": "peers", "error": f"{type(error).__name__}: {error}"})
 
     def measure(seconds: float, B: int, compiled: bool) -> list[Row]:
-        images = random_inputs((B, *size), device, dtype)[:4]
+        images = random_inputs((B, *size), next(dense.parameters()), limit=4)
         calls: Calls = {}
         failed: list[Row] = []
         for variant, network in networks.items():
@@ -391,7 +391,7 @@ def training(
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-5) for m in (dense, idle)}
 
     def measure(seconds: float, B: int) -> list[Row]:
-        images = random_inputs((B, *dense.default_cfg["input_size"]), device, torch.float32)[:4]
+        images = random_inputs((B, *dense.default_cfg["input_size"]), next(dense.parameters()), limit=4)
         labels = torch.randint(10, (B,), device=device)
 
         def step(variant: str, x: Tensor) -> None:

@@ -54,7 +54,7 @@ def number(value: float) -> str:
 def figure(
     width: float, height: float, columns: int, result: dict[str, Any], title: str, rows: int = 1
 ) -> tuple[Figure, Any]:
-    """And its panels, row by row."""
+    """A figure of so many inches with title and caption, and its panels, row by row."""
     drawn = Figure(figsize=(width, height), layout="constrained", dpi=150)
     axes = drawn.subplots(rows, columns, squeeze=False).ravel()
     drawn.suptitle(title, fontsize=9)
@@ -303,9 +303,9 @@ def pictures(folder: Path) -> None:
 
     work = ROOT / "build" / "pictures"
     work.mkdir(parents=True, exist_ok=True)
-    train(work / "digits")
     materials = ["--data", work / "images", *FEW]
     run(ROOT / "examples" / "materials.py", work / "images")
+    train(work / "digits")
     train(work / "dense", *materials, *DENSE, "--no-freeze-embeddings")
     train(work / "materials", *materials, *IDLE, "--weights", max((work / "dense").glob("checkpoint-*.pt")))
     for name in ("digits", "materials"):

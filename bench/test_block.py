@@ -12,7 +12,7 @@ import torch
 
 import idlevit_kernels as ik
 from idlevit_kernels.benchmark import find_device
-from idlevit_kernels.latency import rotating
+from idlevit_kernels.latency import random_inputs, rotating
 from idlevit_kernels.timing import Timing, alternated_samples
 
 DEVICE = find_device("bench", None)
@@ -32,9 +32,9 @@ def comparison(batch: int, num_keep: int) -> dict[str, list[float]]:
         torch.testing.assert_close(found, ik.idle_block(x, block, num_keep), rtol=1e-4, atol=1e-4)
     every, kept = (batch, TOKENS, CHANNELS), (batch, num_keep + 1, CHANNELS)
     calls = {
-        "idle": rotating(lambda x: ik.idle_block(x, block, num_keep), every, like),
-        "dense on kept": rotating(block, kept, like),
-        "dense on all": rotating(block, every, like),
+        "idle": rotating(lambda x: ik.idle_block(x, block, num_keep), random_inputs(every, like)),
+        "dense on kept": rotating(block, random_inputs(kept, like)),
+        "dense on all": rotating(block, random_inputs(every, like)),
     }
     return alternated_samples(calls, SECONDS, device=DEVICE)
 

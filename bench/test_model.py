@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from idlevit_kernels.benchmark import DENSE, ModelBenchmark
-from idlevit_kernels.latency import rotating
+from idlevit_kernels.latency import random_inputs, rotating
 from idlevit_kernels.timing import Timing, alternated_samples
 
 MODEL, KEEP_RATIO = "deit_small_patch16_224", 0.7
@@ -45,14 +45,14 @@ def comparison(batch: int, compiled: bool) -> dict[str, list[float]]:
     like = next(measured().dense.parameters())
     shape = (batch, *measured().input_size)
     x = torch.randn(shape, device=like.device, dtype=like.dtype)
-    calls = {}
+    calls, inputs = {}, random_inputs(shape, like)
     for method in METHODS:
         model = models[method]
         if compiled:
             torch.compiler.reset()
             model = torch.compile(model, fullgraph=True, dynamic=False)
         torch.testing.assert_close(model(x), models[EQUAL.get(method, method)](x), rtol=1e-3, atol=1e-3)
-        calls[method] = rotating(model, shape, like)
+        calls[method] = rotating(model, inputs)
     return alternated_samples(calls, SECONDS, device=like.device)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from train_step import FORMS, make_step
 
-from idlevit_kernels.latency import rotating
+from idlevit_kernels.latency import random_inputs, rotating
 from idlevit_kernels.timing import Timing, alternated_samples
 
 BATCH = 4
@@ -24,7 +24,7 @@ def comparison() -> dict[str, list[float]]:
         steps = {form: make_step(form) for form in FORMS}
         images = torch.randn(BATCH, 3, 224, 224)
         torch.testing.assert_close(steps["idle"](images), steps["masked"](images), rtol=1e-4, atol=1e-4)
-        calls = {form: rotating(step, tuple(images.shape), images) for form, step in steps.items()}
+        calls = {form: rotating(step, random_inputs(tuple(images.shape), images)) for form, step in steps.items()}
         return alternated_samples(calls, SECONDS)
 
 

@@ -36,9 +36,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Where train/ and val/ are made.")],
     train: Annotated[int, typer.Option(min=1, help="Training images of each class.")] = 600,
     val: Annotated[int, typer.Option(min=1, help="Validation images of each class.")] = 100,
-    size: Annotated[int, typer.Option(min=32, max=300, help="Pixels of an image's side.")] = 160,
+    size: Annotated[int, typer.Option(min=32, max=256, help="Pixels of an image's side.")] = 160,
 ) -> None:
-    """Writes PNG files, by class; the same ones each time."""
+    """Writes PNG files, by class; the same ones each time, over those of the same names."""
     for split, count in (("train", train), ("val", val)):
         for number, material in enumerate(MATERIALS):
             random = np.random.default_rng((number, split == "train"))

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from . import backends
 from .block import IdleBlock
 from .complexity import count_macs
-from .errors import value_error
-from .latency import BlockInput, block_inputs, rotating
+from .errors import Words, value_error
+from .latency import BlockInput, block_inputs, random_inputs, rotating
 from .models import apply_idle, idle_blocks
 from .models.grid import IdleGridBlock
 from .schedule import check_ratio, num_kept
@@ -137,7 +137,7 @@ class ModelBenchmark:
             raise value_error("bench", "batch", "at least 1", min(batches))
         if peers and not ratios:
             raise value_error(
-                "bench", "peers", "given with a keep ratio, at which they are compared", "a schedule alone"
+                "bench", "peers", "given with a keep ratio, at which they are compared", Words("a schedule alone")
             )
         torch_dtype = find_dtype("bench", dtype)
         self.device = find_device("bench", device)
@@ -199,9 +199,9 @@ class ModelBenchmark:
         return {b: seconds * (equal + (1 - _EQUAL_SHARE) * b / sum(self.batches)) for b in self.batches}
 
     def _calls(self, models: dict[Any, Any], shape: tuple[int, ...]) -> dict[Any, Callable[[], Any]]:
-        """A call of each model on the next of a few inputs."""
-        like = next(self.dense.parameters())
-        return {key: rotating(model, shape, like) for key, model in models.items()}
+        """A call of each model on the next of the same inputs."""
+        inputs = random_inputs(shape, next(self.dense.parameters()))
+        return {key: rotating(model, inputs) for key, model in models.items()}
 
     def _measure_models(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
         variants: dict[Any, Any] = {(variant, False): model for variant, model in self.models.items()}

@@ -41,6 +41,9 @@ KEEP_RATIO = typer.Option(help="Keep ratio of the first idle stage; 0.7 if no sc
 SCHEDULE = typer.Option(metavar="FILE", help="JSON with a keep ratio for each layer, as `idlevit tune` writes it.")
 WEIGHTS = typer.Option(metavar="FILE", help="A released checkpoint or a state dict; by default random weights.")
 PRETRAINED = typer.Option("--pretrained", help="timm's weights, which it downloads.")
+_DataDir = Annotated[Path | None, typer.Option(help="Where a data set that timm knows by name lies.")]
+_Download = Annotated[bool, typer.Option("--download", help="Download that data set if it is not there.")]
+_ValSplit = Annotated[str, typer.Option(help="Its split that accuracy is measured on.")]
 _DRAWN = 4  # images of a run, where none are named
 
 
@@ -225,10 +228,11 @@ def _bench_text(facts: dict[str, Any], result: Result, table: Table) -> Group:
         " dense over those of the method.",
         "dim",
     )
-    if not any(row.setting for row in result.models):
+    legend.append(" Reached: speed-up, over dense of the same mode, over MAC bound.")
+    if result.blocks:
         legend.append(
-            " Reached: speed-up over MAC bound. Block overhead: the idle block on all tokens over timm's dense block on"
-            " only the kept ones, in each stage of idle layers."
+            " Block overhead: the idle block on all tokens over timm's dense block on only the kept ones, in each stage"
+            " of idle layers."
         )
     if settings := {f"at {row.keep_ratio:g} {row.method}: {row.setting}" for row in result.models if row.setting}:
         legend.append(f"\nPeers: {'; '.join(sorted(settings))}.")
@@ -248,8 +252,8 @@ def _bench_table(result: Result) -> Table:
     for title in ("GMACs", "images/s", "p20-p80", "speed-\nup", *(("over\ncompiled",) if compiled else ())):
         table.add_column(title, justify="right")
     table.add_column("MAC\nbound", justify="right")
-    if not peers:  # they leave no room for more
-        table.add_column("reached", justify="right")
+    table.add_column("reached", justify="right")
+    if result.blocks:
         table.add_column("block overhead\nby stage", justify="right")
     overheads: dict[tuple[int, float | None], list[str]] = {}
     for block in result.blocks:
@@ -262,10 +266,11 @@ def _bench_table(result: Result) -> Table:
             str(row.batch) if not previous or row.batch != previous.batch else "",
             *_bench_cells(row, compiled, peers),
         ]
-        if not peers:
-            dense = row.method == "dense"
-            stages = [] if row.compiled or dense else overheads.get((row.batch, row.keep_ratio), [])
-            cells += ["" if dense else f"{row.share_of_bound:.0%}", " ".join(stages)]
+        dense = row.method == "dense"
+        cells.append("" if dense else f"{row.share_of_bound:.0%}")
+        if result.blocks:
+            idle = row.method == "IdleViT" and not row.compiled
+            cells.append(" ".join(overheads.get((row.batch, row.keep_ratio), [])) if idle else "")
         table.add_row(*cells)
         previous = row
     return table
@@ -309,6 +314,9 @@ def visualize(
     image_size: Annotated[int | None, typer.Option(help="Height and width; by default the model's own.")] = None,
     weights: Annotated[Path | None, WEIGHTS] = None,
     pretrained: Annotated[bool, PRETRAINED] = False,
+    data_dir: _DataDir = None,
+    download: _Download = False,
+    val_split: _ValSplit = "validation",
 ) -> None:
     """Draws which tokens each idle layer keeps, how often each is chosen, which come back, and their scores."""
     from .errors import value_error
@@ -323,16 +331,19 @@ def visualize(
                 raise value_error("visualize", "IMAGE", "a file, or several (or pass --run)", None)
             _, idle, _ = _dense_and_idle("visualize", model, keep_ratio, schedule, image_size, weights, pretrained)
         else:
-            from .train.task import Place, load_run, some_images
+            from .train.task import Place, load_run, open_run_data, some_images
 
             for name in ("model", "image_size", "weights", "pretrained"):
                 if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
                     raise value_error("visualize", name, "left out where --run is given", context.params[name])
-            recipe, data, dense = load_run("visualize", run, Place())
+            recipe, dense = load_run("visualize", run)
             given = {"keep_ratio": keep_ratio, "schedule": schedule and read_schedule("visualize", schedule)}
             given = {name: value for name, value in given.items() if value is not None}
+            if not given and recipe.keep_ratio == 1:
+                raise value_error("visualize", "keep_ratio", "given: the run trained a dense model", None)
             idle = apply_idle(dense.eval().requires_grad_(False), **(given or recipe.idle))
-            images = images or some_images(data, _DRAWN)
+            if not images:
+                images = some_images(open_run_data(recipe, Place(data_dir, download, val_split)), _DRAWN)
         draw(idle, images).savefig(output)
     trained = run is not None or weights is not None or pretrained
     print(
@@ -458,6 +469,7 @@ def export(
     from .complexity import count_macs
     from .errors import value_error
     from .export import SUFFIXES, export_model, largest_difference, load_exported
+    from .tables import console_for
     from .timing import alternate
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -490,7 +502,7 @@ def export(
     for name, t in timings.items():
         extra = [f"{speedup:.2f}x", f"{bound:.2f}x", f"{speedup / bound:.0%}"] if name == "idle" else []
         table.add_row(name, f"{batch / t.median:.1f}", f"{batch / t.p80:.1f}-{batch / t.p20:.1f}", *extra)
-    console.print(Group(table, ""))
+    console_for(table).print(Group(table, ""))
 
 
 def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -516,9 +528,6 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-_DataDir = Annotated[Path | None, typer.Option(help="Where a data set that timm knows by name lies.")]
-_Download = Annotated[bool, typer.Option("--download", help="Download that data set if it is not there.")]
-_ValSplit = Annotated[str, typer.Option(help="Its split that accuracy is measured on.")]
 _Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the best there is.")]
 _Threads = Annotated[int | None, typer.Option(help="CPU threads; by default as many as PyTorch takes.")]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each process that trains.")]

@@ -24,26 +24,28 @@ from .timing import alternate
 _RELEVANT = 0.02
 # More than the L2 cache of any GPU holds.
 _ROTATED_BYTES = 256 << 20
+_MAX_INPUTS = 64
 # Of a comparison of two blocks.
 _SECONDS, _ROUNDS = 0.5, 9
 
 
 def num_inputs(num_bytes: int, device: torch.device) -> int:
-    """How many inputs of so many bytes a benchmark goes round, so that none is found in the cache; 64 at most."""
+    """How many inputs of so many bytes a benchmark goes round: on a GPU as many as its L2 cache cannot hold, up to 64;
+    on a CPU three."""
     if device.type != "cuda":
         return 3
-    return min(max(3, math.ceil(_ROTATED_BYTES / max(1, num_bytes))), 64)
+    return min(max(3, math.ceil(_ROTATED_BYTES / max(1, num_bytes))), _MAX_INPUTS)
 
 
-def random_inputs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """As many as ``num_inputs`` says."""
-    count = num_inputs(math.prod(shape) * dtype.itemsize, device)
-    return [torch.randn(shape, device=device, dtype=dtype) for _ in range(count)]
+def random_inputs(shape: tuple[int, ...], like: Tensor, limit: int = _MAX_INPUTS) -> list[Tensor]:
+    """Normally distributed tensors of the shape, of ``like``'s dtype and on its device; ``num_inputs`` or the limit."""
+    count = min(num_inputs(math.prod(shape) * like.dtype.itemsize, like.device), limit)
+    return [torch.randn(shape, device=like.device, dtype=like.dtype) for _ in range(count)]
 
 
-def rotating(model: Callable[..., Any], shape: tuple[int, ...], like: Tensor) -> Callable[[], Any]:
-    """A call of the model on the next of a few random inputs, so that none is found in the cache."""
-    rotation = itertools.cycle(random_inputs(shape, like.device, like.dtype))
+def rotating(model: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call of the model on the next of the inputs."""
+    rotation = itertools.cycle(inputs)
     return lambda: model(next(rotation))
 
 
@@ -55,9 +57,10 @@ class BlockInput:
     others: tuple[Any, ...] = ()
     named: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def rotating(self, block: nn.Module) -> Callable[[], Any]:
-        """A call of the block on the next of a few random inputs."""
-        return rotating(lambda x: block(x, *self.others, **self.named), self.shape, next(block.parameters()))
+    def rotating(self, block: nn.Module, tokens: Sequence[Tensor] | None = None) -> Callable[[], Any]:
+        """A call of the block on the next of the tokens, ``random_inputs`` of its own by default."""
+        tokens = tokens or random_inputs(self.shape, next(block.parameters()))
+        return rotating(lambda x: block(x, *self.others, **self.named), tokens)
 
 
 @contextlib.contextmanager

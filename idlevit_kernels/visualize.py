@@ -174,7 +174,11 @@ def _prepare(model: nn.Module, image: Any) -> tuple[Tensor, np.ndarray]:
     if not isinstance(image, Image.Image):
         expected = "a PIL image, a path, an array [height, width, 3] of bytes or a tensor [channels, height, width]"
         raise type_error("visualize", "image", expected, image)
-    config = resolve_model_data_config(model) | {"input_size": default_input_size(model)}
+    size = default_input_size(model)
+    if size[0] != 3:
+        expected = f"a tensor [channels, height, width] for a model of {size[0]} channel{'s' * (size[0] > 1)}"
+        raise value_error("visualize", "image", expected, Words("a picture"))
+    config = resolve_model_data_config(model) | {"input_size": size}
     tensor = create_transform(**config, is_training=False)(image.convert("RGB"))
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     picture = (tensor * std + mean).clamp(0, 1).movedim(0, 2).numpy()

@@ -181,6 +181,20 @@ def test_evovit_updates_slow_and_fast(deit: nn.Module) -> None:
         torch.testing.assert_close(found_importance[b], seen, rtol=1e-4, atol=1e-5)
 
 
+def test_evovit_chooses_by_the_attention_of_the_layers_before(deit: nn.Module) -> None:
+    image, peer = images(), peers.EvoViT(deit, 0.5)
+    x = peer.embed(image)
+    for block in deit.blocks[:3]:
+        x = block(x)
+    importance = attention_map(deit.blocks[3], x)[:, :, 0, 1:].mean(1)
+    x = deit.blocks[3](x)
+    for stage in (deit.blocks[4:8], deit.blocks[8:]):
+        x, importance = peers.evovit.slow_fast(stage, x, importance, 32)
+    torch.testing.assert_close(peer(image), peer.classify(x), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="EvoViT: model must have at least 3 layers, got 2"):
+        peers.EvoViT(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32), 0.5)
+
+
 def test_dynamicvit_keeps_the_best_of_each_predictor(deit: nn.Module) -> None:
     peer = peers.DynamicViT(deit, 0.7).eval()
     kept = [int(64 * 0.7**stage) for stage in (1, 2, 3)]
@@ -274,7 +288,7 @@ def test_bench_puts_the_peers_beside_idlevit(tmp_path: Path) -> None:
     assert list(rows) == ["dense", "IdleViT", *names]
     for name in names:
         assert name in result.stdout
-        assert rows[name]["keep_ratio"] == 0.5 and rows[name]["setting"] in result.stdout.replace("\n", " ")
+        assert rows[name]["keep_ratio"] == 0.5 and rows[name]["setting"] in " ".join(result.stdout.split())
         assert math.isclose(rows[name]["speedup"], rows[name]["images_per_second"] / rows["dense"]["images_per_second"])
     assert not rows["IdleViT"]["setting"] and not rows["dense"]["setting"]
 
@@ -286,3 +300,17 @@ def test_bench_says_where_peers_are_missing(tmp_path: Path, monkeypatch: pytest.
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("idlevit: bench: --peers needs") and "checkout" in line
+
+
+@pytest.mark.full
+def test_bench_compiles_dense_and_idlevit_beside_peers_and_a_schedule(tmp_path: Path) -> None:
+    schedule, path = tmp_path / "schedule.json", tmp_path / "bench.json"
+    schedule.write_text(json.dumps({"schedule": [1.0] * 4 + [0.4] * 8}))
+    options = ["--batch", "1", "--keep-ratio", "0.5", "--schedule", str(schedule), "--peers", "--compile"]
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["bench", *SMALL, *options, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "\N{HORIZONTAL ELLIPSIS}" not in result.stdout
+    rows = json.loads(path.read_text())["models"]
+    compiled = {(row["method"], row["keep_ratio"]) for row in rows if row["compiled"]}
+    assert compiled == {("dense", None), ("IdleViT", 0.5), ("IdleViT", None)}
+    assert len(rows) == 3 + 6 + 3 and all(row["speedup_compiled"] > 0 for row in rows)

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.main import get_command
+
+from idlevit_kernels.cli import app
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -91,6 +94,40 @@ def test_a_verdict_knows_the_spread(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert words in next(line for line in lines if "IdleViT" in line)
     assert all("within the spread" in line for line in lines if "EViT" in line.split() or "dense" in line.split()[1:2])
+
+
+def test_schedules_are_compared_with_themselves_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    old, new = result(), result()
+    for content, ratios in ((old, [1.0, 0.5]), (new, [1.0, 0.4])):
+        content["schedule"] = ratios
+        content["models"] += [row(1, "IdleViT", None, 16.0), row(1, "IdleViT", 1.0, 9.0)]
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for second in (old, new):
+        for path, content in zip(paths, (old, second), strict=True):
+            path.write_text(json.dumps(content))
+        assert load("compare").main(list(map(str, paths))) == 0
+        shown = capsys.readouterr().out
+        assert ("schedule" in shown) == (second is old) and "0.90 (" in shown
+
+
+def test_every_picture_comes_from_commands_that_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot, commands = load("plot"), []
+
+    def run(command: list[str], check: bool) -> None:
+        commands.append(command[1:])
+        if "train" in command:
+            output = Path(command[command.index("--output") + 1])
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "checkpoint-000000001.pt").touch()
+
+    monkeypatch.setattr(plot.subprocess, "run", run)
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    plot.pictures(tmp_path)
+    names = [command[2] if command[0] == "-m" else Path(command[0]).name for command in commands]
+    assert names == ["materials.py", "train", "train", "train", "visualize", "visualize"]
+    for name, command in zip(names, commands, strict=True):
+        if command[0] == "-m":
+            get_command(app).commands[name].make_context(name, command[3:])
 
 
 def test_comparing_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import idlevit_kernels as ik
@@ -74,3 +76,16 @@ def test_feature_maps_and_kept_tokens_agree(example: ModuleType) -> None:
         assert [int(layer.kept.sum()) for layer in layers] == [32, 16]
         for i, layer in zip((2, 6), layers, strict=True):
             assert torch.equal(layer.kept.flatten(), seen[i][image])
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_a_folder_of_materials_to_train_on(tmp_path: Path, size: int) -> None:
+    command = [sys.executable, str(FILE.with_name("materials.py")), str(tmp_path), "--train", "1", "--val", "1"]
+    contents = []
+    for _ in range(2):
+        done = subprocess.run([*command, "--size", str(size)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        contents.append({path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.png")})
+    assert contents[0] == contents[1] and len(contents[0]) == len(set(contents[0].values())) == 6
+    with Image.open(tmp_path / "train" / "brick" / "0000.png") as image:
+        assert image.size == (size, size)

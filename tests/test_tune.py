@@ -6,7 +6,9 @@ import copy
 import itertools
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,11 +18,13 @@ from typer.testing import CliRunner
 
 import idlevit_kernels as ik
 import idlevit_kernels.models.lvvit
+from idlevit_kernels import tune
 from idlevit_kernels.block import IdleBlock
 from idlevit_kernels.cli import app
 from idlevit_kernels.latency import BlockInput, block_inputs, slower_than_dense, steps, token_counts
 from idlevit_kernels.models.vit import blocks
 from idlevit_kernels.schedule import num_kept, read_schedule
+from idlevit_kernels.timing import Timing
 from idlevit_kernels.tune import Target, fastest, fill, tune_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,3 +215,48 @@ def test_schedule_files(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=f"^op: .*{expected}"):
             read_schedule("op", path)
+
+
+def scripted(machine: list[float]) -> tuple[list[list[int]], list[dict[str, Timing]], Callable]:
+    """What ``_meet_latency`` measures: a block takes a second for each token, times the machine's next mood."""
+    kept_seen: list[list[int]] = []
+    given: list[dict[str, Timing]] = []
+
+    def measure(kept: Sequence[int]) -> dict[str, Timing]:
+        kept_seen.append(list(kept))
+        seconds = sum(kept) * (machine[min(len(given), len(machine) - 1)])
+        given.append({"dense": Timing(400, 400, 400, 1), "idle": Timing(seconds, seconds, seconds, 1)})
+        return given[-1]
+
+    return kept_seen, given, measure
+
+
+COUNTS = [100, 90, 80, 70, 60, 50, 40, 30, 20, 10]
+
+
+def meet(target: Target, machine: list[float]) -> tuple[list[list[int]], list[dict[str, Timing]], list[int], Any]:
+    seen, given, measure = scripted(machine)
+    kept, timings = tune._meet_latency("tune", target, {k: float(k) for k in COUNTS}, COUNTS, 4, measure)
+    return seen, given, kept, timings
+
+
+def test_a_schedule_is_measured_until_it_meets_the_target_on_average() -> None:
+    target = Target("ms", 250_000.0)  # 250 of 400 tokens
+    seen, given, kept, timings = meet(target, [1.0])
+    assert seen == [[100] * 4, kept, kept, kept] and sum(kept) == 250
+    assert timings is given[-1]  # afresh: not one of those that it was chosen by
+
+    # The first measurement of it is a lucky one.
+    seen, given, kept, timings = meet(target, [1.0, 1.0, 1.2, 1.1])
+    assert seen[1] == seen[2] and sum(seen[3]) < sum(seen[1]) and timings is given[-1]
+    assert 1.1 * sum(kept) == pytest.approx(250, rel=0.05)
+
+
+def test_the_nearest_schedule_is_taken_where_none_meets_the_target() -> None:
+    seen, given, kept, timings = meet(Target("ms", 250_000.0), [1.0, 1.1, 1.0, 1.2, 0.9, 1.1, 1.0])
+    assert len(given) == 7 and seen[-1] == kept and kept in seen[1:-1] and timings is given[-1]
+
+
+def test_an_unreachable_speedup_says_what_can_be_reached() -> None:
+    with pytest.raises(ValueError, match="target-speedup must be at most 3.08, what the fewest tokens reach, got 9"):
+        meet(Target("speedup", 9.0), [1.0])

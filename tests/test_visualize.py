@@ -150,6 +150,8 @@ def test_a_run_is_drawn_on_its_own_images_or_others(tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "idling.png"
     trained = CliRunner().invoke(app, ["train", "--output", str(run), "--weights", "none", "--epochs", "1"])
     assert trained.exit_code == 0, trained.output
+    dense = ["train", "--output", str(tmp_path / "dense"), "--keep-ratio", "1", "--epochs", "6"]
+    assert CliRunner().invoke(app, dense).exit_code == 0
 
     def draw(*options: str, code: int = 0) -> str:
         result = CliRunner().invoke(app, ["visualize", "--run", str(run), "-o", str(output), *options])
@@ -160,7 +162,11 @@ def test_a_run_is_drawn_on_its_own_images_or_others(tmp_path: Path) -> None:
     with Image.open(output) as drawn:
         assert min(drawn.size) > 300
     assert draw("--keep-ratio", "0.4")
+    picture().save(tmp_path / "photo.png")
+    assert "of 1 channel" in draw(str(tmp_path / "photo.png"), code=2)
     for option in (("--model", "deit_small_patch16_224"), ("--pretrained",), ("--image-size", "24")):
         assert "left out where --run is given" in draw(*option, code=2)
+    of_dense = CliRunner().invoke(app, ["visualize", "--run", str(tmp_path / "dense")])
+    assert "keep_ratio must be given: the run trained a dense model" in of_dense.stderr
     assert "directory that holds one" in CliRunner().invoke(app, ["visualize", "--run", str(tmp_path)]).stderr
     assert "(or pass --run)" in CliRunner().invoke(app, ["visualize"]).stderr

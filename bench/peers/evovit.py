@@ -3,6 +3,10 @@
 Xu et al., AAAI 2022, https://arxiv.org/abs/2108.01390. The image tokens with the largest class attention, averaged over
 layers, go through the layers of a stage ("slow") beside one representative token, the mean of all others weighted by
 that attention; those others are then given what the representative token gained ("fast"). All tokens stay.
+
+As the authors' models do, the average starts with the attention of the 4th of twelve layers alone. Their DeiT leaves
+out the representative token and classifies by the mean of the tokens; here it is as in the paper, and the model's own
+classifier stays.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ class EvoViT(Peer):
 
     def __init__(self, model: Any, keep_ratio: float):
         super().__init__(model)
+        if len(model.blocks) < 3:
+            raise ValueError(f"EvoViT: model must have at least 3 layers, got {len(model.blocks)}")
         self.keep_ratio = keep_ratio
         self.third = len(model.blocks) // 3
 

@@ -117,7 +117,7 @@ class _Attention:
 
 
 class _Parts:
-    """The modules of a layer by the names of timm's block."""
+    """The modules of a layer by the names of timm's block. A class, as torch.compile traces no SimpleNamespace."""
 
     def __init__(self, layer: Any):
         dinov2 = hasattr(layer, "norm1")

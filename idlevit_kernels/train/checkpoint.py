@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT = "idlevit_kernels training checkpoint, version 1"
+FORMAT = "idlevit_kernels training checkpoint, version 2"
 _PREFIX, _SUFFIX = "checkpoint-", ".pt"
 
 log = logging.getLogger(__name__)

@@ -177,6 +177,7 @@ class Trainer:
         """The same in every process; all must call it."""
         return {
             "recipe": dataclasses.asdict(self.recipe),
+            "num_classes": self.data.num_classes,
             "model": self.model.state_dict(),
             "model_ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from ..tables import console_for
 from .checkpoint import write
 from .engine import StepLog
 
@@ -146,6 +147,6 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
         shown.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in rows:
         shown.add_row(*(value if isinstance(value, str) else f"{value:,.4g}" for value in row.values()))
-    console = Console(highlight=False)
+    console = console_for(shown)
     console.print(title, soft_wrap=True)
     console.print(shown)

@@ -1,4 +1,4 @@
-"""What `idlevit train` and `idlevit eval` do."""
+"""What `idlevit train` and `idlevit eval` do, and what a run leaves for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..models import apply_idle
 from ..schedule import check_ratio
 from ..timing import alternate
 from . import checkpoint
-from .data import Data, UnreadableImage, open_data, val_loader
+from .data import Data, open_data, val_loader
 from .distributed import World
 from .engine import Options, Score, Trainer, autocast, evaluate
 from .models import create_model
@@ -70,7 +70,7 @@ def train(given: dict[str, Any], options: Options, place: Place, resume: str | N
     try:
         _check_output(options.output, resume, world)
         torch.manual_seed(recipe.seed + world.rank)
-        data = _open(recipe, place)
+        data = open_run_data(recipe, place)
         start: str | None = recipe.weights
         if recipe.weights == "dense":
             first = recipe_for({**given, "keep_ratio": 1.0, "weights": "none"}, only=("data", "model", "seed", "dtype"))
@@ -121,13 +121,14 @@ def evaluate_run(
     world = _join(place)
     try:
         if source is not None:
-            recipe, data, model = load_run("eval", source, place, given, ema)
+            recipe, model = load_run("eval", source, given, ema)
+            data = open_run_data(recipe, place)
         else:
             recipe = recipe_for(given)
             if recipe.weights == "dense":
                 expected = "a checkpoint or the directory of a run, or pass --weights"
                 raise value_error("eval", "source", expected, source)
-            data = _open(recipe, place)
+            data = open_run_data(recipe, place)
             model = create_model(recipe, data.num_classes, None if recipe.weights == "none" else recipe.weights)
         model.eval().requires_grad_(False).to(world.device)
         models = {"dense": model}
@@ -145,10 +146,8 @@ def evaluate_run(
         world.leave()
 
 
-def load_run(
-    op: str, source: Path, place: Place, given: dict[str, Any] | None = None, ema: bool = False
-) -> tuple[Recipe, Data, nn.Module]:
-    """What a run of ``train`` left: its recipe, its data, and the model with the trained weights, dense.
+def load_run(op: str, source: Path, given: dict[str, Any] | None = None, ema: bool = False) -> tuple[Recipe, nn.Module]:
+    """What a run of ``train`` left: its recipe, and the dense model with the trained weights.
 
     Args:
         source: a checkpoint, or the directory of the run, whose newest is taken.
@@ -163,19 +162,22 @@ def load_run(
         state = checkpoint.load(source)
     known = {f.name for f in dataclasses.fields(Recipe)}
     recipe = recipe_for({k: v for k, v in state["recipe"].items() if k in known} | (given or {}))
-    data = _open(recipe, place)
-    model = create_model(recipe, data.num_classes, None)
+    model = create_model(recipe, state["num_classes"], None)
     model.load_state_dict(state["model_ema" if ema else "model"])
-    return recipe, data, model
+    return recipe, model
 
 
 def some_images(data: Data, count: int) -> list[Tensor]:
-    """Images of the validation data, far from each other, as the model takes them."""
+    """Images of the validation data, far from each other, as the model takes them [channels, height, width].
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
     total: int = len(data.val)  # type: ignore[arg-type]
     samples = [data.val[i, (i,)] for i in range(0, total, max(1, total // count))][:count]
     unreadable = [name for sample in samples for name in sample.unreadable]
     if unreadable:
-        raise UnreadableImage(unreadable)
+        raise ValueError(f"visualize: {unreadable[0]}; repair it, or name the images to draw")
     return [sample.image for sample in samples]
 
 
@@ -217,7 +219,8 @@ def _join(place: Place) -> World:
     return World.join(place.device)
 
 
-def _open(recipe: Recipe, place: Place) -> Data:
+def open_run_data(recipe: Recipe, place: Place) -> Data:
+    """The data that the recipe names, as its model wants the images."""
     from timm.data import resolve_model_data_config
     from timm.models import PretrainedCfg, get_pretrained_cfg
 

@@ -32,10 +32,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = ["median", "iqr", "min", "rounds"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before pytest drops what -m does not select
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.benchmark(timer=replayed_clock))
+            if config.option.markexpr == "full":  # everything, not the long ones alone
+                item.add_marker(pytest.mark.full)
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:

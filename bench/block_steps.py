@@ -21,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 import idlevit_kernels as ik
-from idlevit_kernels import dense
+from idlevit_kernels.block.parts import Parts, find_parts
 from idlevit_kernels.info import device_name, environment
 from idlevit_kernels.tables import console_for
 from idlevit_kernels.timing import Timing, alternate
@@ -34,22 +34,23 @@ def calls(batch: int, num_keep: int) -> dict[str, Callable[[], Any]]:
     block = timm.create_model(MODEL).blocks[LAYER].eval().requires_grad_(False)
     x = torch.randn(batch, TOKENS, CHANNELS)
     norm1, norm2 = ((n.weight, n.bias, n.eps) for n in (block.norm1, block.norm2))
-    qkv = block.attn.qkv
+    qkv, parts, nothing = block.attn.qkv, find_parts(block), ik.Context()
+    assert isinstance(parts, Parts), parts
     direction = ik.cls_direction(x, *norm1, qkv.weight, qkv.bias)
     scores = ik.token_scores(x, direction, *norm1)
     indices, normed = ik.select_gather_norm(x, scores, num_keep, 1, *norm1)
-    branch = dense.attention(block.attn, normed, "auto")
+    branch = parts.attention(normed, nothing)
     tokens, hidden = ik.gather_add_norm(x, indices, branch, None, 1.0, *norm2)
-    out = dense.mlp(block.mlp, hidden, "auto")
+    out = parts.mlp(hidden)
     kept = x[:, : num_keep + 1].contiguous()
     bind = functools.partial
     return {
         "direction": bind(ik.cls_direction, x, *norm1, qkv.weight, qkv.bias),
         "score": bind(ik.token_scores, x, direction, *norm1),
         "select, gather, norm": bind(ik.select_gather_norm, x, scores, num_keep, 1, *norm1),
-        "attention": bind(dense.attention, block.attn, normed, "auto"),
+        "attention": bind(parts.attention, normed, nothing),
         "gather, add, norm": bind(ik.gather_add_norm, x, indices, branch, None, 1.0, *norm2),
-        "MLP": bind(dense.mlp, block.mlp, hidden, "auto"),
+        "MLP": bind(parts.mlp, hidden),
         "scatter, add": bind(ik.scatter_add_tokens, x, indices, tokens, out, None, 1.0),
         "idle block": bind(ik.idle_block, x, block, num_keep),
         "dense block on kept tokens": bind(block, kept),

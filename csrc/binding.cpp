@@ -19,7 +19,19 @@ using Address = std::uintptr_t;
 namespace {
 
 void* at(Address address) { return reinterpret_cast<void*>(address); }
-const int64_t* indices_at(Address address) { return static_cast<const int64_t*>(at(address)); }
+
+// The address of a tensor that is there. One whose memory was freed (a storage resized to 0, as FSDP does) has an address
+// near 0; it must not be read, nor taken for a tensor that is left out.
+void* required(Address address, int64_t elements, const char* name) {
+    constexpr Address kNeverMapped = 4096;
+    if (address < kNeverMapped && elements > 0)
+        throw py::value_error(std::string(name) + " must be a tensor with memory, got one whose storage was freed");
+    return at(address);
+}
+
+const int64_t* indices_at(Address address, int64_t elements) {
+    return static_cast<const int64_t*>(required(address, elements, "indices"));
+}
 int64_t* indices_out(Address address) { return static_cast<int64_t*>(at(address)); }
 
 // A strided [B, T, C] tensor: address, batch stride, token stride.
@@ -40,19 +52,19 @@ int cpu_cls_direction(SHAPE, TOKENS, NORM, Address qkv_weight, Address qkv_bias,
                       Address direction, int threads) {
     return run<DType, Shape, Tokens, Norm, const void*, const void*, int64_t, void*, void*, int>(
         idlevit::cpu::kernels().cls_direction, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, Norm{at(weight), at(bias), eps}, at(qkv_weight), at(qkv_bias), width,
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, Norm{at(weight), at(bias), eps}, required(qkv_weight, width * C, "qkv_weight"), at(qkv_bias), width,
         at(query), at(direction), threads);
 }
 
 int cpu_token_scores(SHAPE, TOKENS, Address direction, NORM, Address scores, int threads) {
     return run<DType, Shape, Tokens, const void*, Norm, void*, int>(
         idlevit::cpu::kernels().token_scores, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, at(direction), Norm{at(weight), at(bias), eps}, at(scores), threads);
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(direction, B * C, "direction"), Norm{at(weight), at(bias), eps}, at(scores), threads);
 }
 
 int cpu_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, int threads) {
     return run<DType, Shape, int64_t, const void*, int64_t*, int>(
-        idlevit::cpu::kernels().select_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix, at(scores),
+        idlevit::cpu::kernels().select_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix, required(scores, B * T, "scores"),
         indices_out(indices), threads);
 }
 
@@ -60,7 +72,7 @@ int cpu_select_gather_norm(SHAPE, int64_t prefix, TOKENS, Address scores, NORM, 
                            int threads) {
     return run<DType, Shape, int64_t, Tokens, const void*, Norm, int64_t*, void*, int>(
         idlevit::cpu::kernels().select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
-        Tokens{at(x), x_batch, x_token}, at(scores), Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(scores, B * T, "scores"), Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
         threads);
 }
 
@@ -68,20 +80,20 @@ int cpu_cls_select_gather_norm(SHAPE, int64_t prefix, TOKENS, NORM, Address qkv_
                                Address workspace, Address indices, Address normed, int threads) {
     return run<DType, Shape, int64_t, Tokens, Norm, const void*, const void*, int64_t, void*, int64_t*, void*, int>(
         idlevit::cpu::kernels().cls_select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
-        Tokens{at(x), x_batch, x_token}, Norm{at(weight), at(bias), eps}, at(qkv_weight), at(qkv_bias), width,
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, Norm{at(weight), at(bias), eps}, required(qkv_weight, width * C, "qkv_weight"), at(qkv_bias), width,
         at(workspace), indices_out(indices), at(normed), threads);
 }
 
 int cpu_gather_tokens(SHAPE, TOKENS, Address indices, Address out, int threads) {
     return run<DType, Shape, Tokens, const int64_t*, void*, int>(
         idlevit::cpu::kernels().gather_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, indices_at(indices), at(out), threads);
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n), at(out), threads);
 }
 
 int cpu_gather_add_norm(SHAPE, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed, int threads) {
     return run<DType, Shape, Tokens, const int64_t*, Branch, Norm, void*, void*, int>(
         idlevit::cpu::kernels().gather_add_norm, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, indices_at(indices), Branch{at(branch), at(gamma), scale},
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n), Branch{required(branch, B * n * C, "branch"), at(gamma), scale},
         Norm{at(weight), at(bias), eps}, at(tokens), at(normed), threads);
 }
 
@@ -89,7 +101,7 @@ int cpu_scatter_tokens(SHAPE, TOKENS, Address indices, Address tokens, BRANCH, A
                        int64_t out_token, int threads) {
     return run<DType, Shape, Tokens, const int64_t*, const void*, Branch, void*, int64_t, int64_t, int>(
         idlevit::cpu::kernels().scatter_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, indices_at(indices), at(tokens), Branch{at(branch), at(gamma), scale}, at(out),
+        Tokens{at(x), x_batch, x_token}, indices_at(indices, B * n), required(tokens, B * n * C, "tokens"), Branch{at(branch), at(gamma), scale}, required(out, B * T * C, "x"),
         out_batch, out_token, threads);
 }
 
@@ -104,13 +116,13 @@ using idlevit::cuda::Launch;
 const char* cuda_token_scores(TYPES, TOKENS, Address direction, NORM, Address scores, LAUNCH) {
     py::gil_scoped_release release;
     return idlevit::cuda::token_scores(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
-                                       Tokens{at(x), x_batch, x_token}, at(direction),
+                                       Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(direction, B * C, "direction"),
                                        Norm{at(weight), at(bias), eps}, at(scores), Launch{device, stream});
 }
 
 const char* cuda_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, LAUNCH) {
     py::gil_scoped_release release;
-    return idlevit::cuda::select_tokens(static_cast<DType>(dtype), shape(B, T, n, C), prefix, at(scores),
+    return idlevit::cuda::select_tokens(static_cast<DType>(dtype), shape(B, T, n, C), prefix, required(scores, B * T, "scores"),
                                         indices_out(indices), Launch{device, stream});
 }
 
@@ -118,23 +130,23 @@ const char* cuda_select_gather_norm(TYPES, int64_t prefix, TOKENS, Address score
                                     Address normed, LAUNCH) {
     py::gil_scoped_release release;
     return idlevit::cuda::select_gather_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
-                                             shape(B, T, n, C), prefix, Tokens{at(x), x_batch, x_token}, at(scores),
+                                             shape(B, T, n, C), prefix, Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(scores, B * T, "scores"),
                                              Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
                                              Launch{device, stream});
 }
 
 const char* cuda_gather_tokens(SHAPE, TOKENS, Address indices, Address out, LAUNCH) {
     py::gil_scoped_release release;
-    return idlevit::cuda::gather_tokens(static_cast<DType>(dtype), shape(B, T, n, C), Tokens{at(x), x_batch, x_token},
-                                        indices_at(indices), at(out), Launch{device, stream});
+    return idlevit::cuda::gather_tokens(static_cast<DType>(dtype), shape(B, T, n, C), Tokens{required(x, B * T * C, "x"), x_batch, x_token},
+                                        indices_at(indices, B * n), at(out), Launch{device, stream});
 }
 
 const char* cuda_gather_add_norm(TYPES, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed,
                                  LAUNCH) {
     py::gil_scoped_release release;
     return idlevit::cuda::gather_add_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
-                                          shape(B, T, n, C), Tokens{at(x), x_batch, x_token}, indices_at(indices),
-                                          Branch{at(branch), at(gamma), scale}, Norm{at(weight), at(bias), eps},
+                                          shape(B, T, n, C), Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n),
+                                          Branch{required(branch, B * n * C, "branch"), at(gamma), scale}, Norm{at(weight), at(bias), eps},
                                           at(tokens), at(normed), Launch{device, stream});
 }
 
@@ -142,8 +154,8 @@ const char* cuda_scatter_tokens(TYPES, TOKENS, Address indices, Address tokens, 
                                 int64_t out_token, LAUNCH) {
     py::gil_scoped_release release;
     return idlevit::cuda::scatter_tokens(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
-                                         Tokens{at(x), x_batch, x_token}, indices_at(indices), at(tokens),
-                                         Branch{at(branch), at(gamma), scale}, at(out), out_batch, out_token,
+                                         Tokens{at(x), x_batch, x_token}, indices_at(indices, B * n), required(tokens, B * n * C, "tokens"),
+                                         Branch{at(branch), at(gamma), scale}, required(out, B * T * C, "x"), out_batch, out_token,
                                          Launch{device, stream});
 }
 

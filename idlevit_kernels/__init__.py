@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .backends import use_backend
-from .block import IdleBlock, idle_block
+from .block import Context, IdleBlock, IdleOutput, idle_block
 from .capture import CapturedModel, capture
 from .complexity import MacReport, count_macs
 from .errors import BackendError
@@ -22,9 +22,17 @@ from .functional import (
     token_scores,
 )
 from .losses import IdleViTLoss, IdleViTOutput
-from .models import IdleViTForTraining, apply_idle, idle_blocks, load_released, remove_idle
+from .models import (
+    IdleViTForTraining,
+    apply_idle,
+    idle_blocks,
+    idle_config,
+    load_released,
+    remove_idle,
+    set_keep_ratio,
+)
 from .schedule import idle_schedule
-from .visualize import visualize
+from .visualize import selections, visualize
 
 try:
     __version__ = version("idlevit-kernels")
@@ -34,7 +42,9 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     "BackendError",
     "CapturedModel",
+    "Context",
     "IdleBlock",
+    "IdleOutput",
     "IdleViTForTraining",
     "IdleViTLoss",
     "IdleViTOutput",
@@ -48,6 +58,7 @@ __all__ = [
     "gather_tokens",
     "idle_block",
     "idle_blocks",
+    "idle_config",
     "idle_schedule",
     "load_released",
     "remove_idle",
@@ -57,6 +68,8 @@ __all__ = [
     "scatter_tokens_",
     "select_gather_norm",
     "select_tokens",
+    "selections",
+    "set_keep_ratio",
     "token_cut_loss",
     "token_scores",
     "use_backend",

@@ -22,7 +22,6 @@ from .complexity import count_macs
 from .errors import Words, value_error
 from .latency import BlockInput, block_inputs, random_inputs, rotating
 from .models import apply_idle, idle_blocks
-from .models.grid import IdleGridBlock
 from .schedule import check_ratio, num_kept
 from .timing import Interrupted, Timing, alternate
 
@@ -244,13 +243,13 @@ class ModelBenchmark:
     def _measure_blocks(self, result: Result, batch: int, seconds: float, steps: _Steps) -> None:
         pairs = [(idle.keep_ratio, *pair) for idle, model in self.idle.items() for pair in _first_of_each_stage(model)]
         # About what a round of each costs: the kept tokens, and something that does not depend on them.
-        costs = [0.25 + idle.keep_ratio for _, _, idle in pairs]
+        costs = [0.25 + idle.keep for _, _, idle in pairs]
         for (ratio, name, idle), cost in zip(pairs, costs, strict=True):
             dense = self.dense.get_submodule(name)
             (given,) = block_inputs(self.dense, [dense], batch, self.input_size)
             _, num_tokens, channels = given.shape
             num_prefix = idle.num_prefix_tokens
-            num_keep = num_kept(idle.keep_ratio, num_tokens - num_prefix)
+            num_keep = num_kept(idle.keep, num_tokens - num_prefix)
             rope = given.named.get("rope")
             kept = {} if rope is None else {"rope": rope[..., :num_keep, :]}
             floor = BlockInput((batch, num_prefix + num_keep, channels), named=kept)
@@ -285,8 +284,8 @@ def _first_of_each_stage(model: nn.Module) -> list[tuple[str, IdleBlock]]:
     """
     stages: dict[float, tuple[str, IdleBlock]] = {}
     for name, block in idle_blocks(model).items():
-        if not isinstance(block, IdleGridBlock):
-            stages.setdefault(block.keep_ratio, (name, block))
+        if block.form.sequence:
+            stages.setdefault(block.keep, (name, block))
     return list(stages.values())
 
 

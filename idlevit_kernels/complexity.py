@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from .errors import type_error, value_error
+from .versions import HOOKS
 
 
 @functools.cache
@@ -89,10 +91,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
     from torch.utils.flop_counter import FlopCounterMode
 
     parameter = next(model.parameters(), torch.empty(0))
-    on_meta = copy.deepcopy(model).to("meta").eval()
-    for module in on_meta.modules():  # hooks are the user's, and see real passes only
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    on_meta = _on_meta(model).eval()
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         on_meta(torch.empty((1, *input_size), device="meta", dtype=parameter.dtype))
@@ -104,6 +103,20 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
         if macs.get(f"{root}.{name}"):
             per_layer[name] = macs[f"{root}.{name}"]
     return MacReport(counter.get_total_flops() // 2, dict(per_layer))
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without weights or hooks: hooks are the user's, hold what cannot be copied, and see real passes only."""
+    memo: dict[int, Any] = {}
+    for t in itertools.chain(model.parameters(), model.buffers()):
+        on_meta = torch.empty_like(t, device="meta")
+        memo[id(t)] = nn.Parameter(on_meta, t.requires_grad) if isinstance(t, nn.Parameter) else on_meta
+    for module in model.modules():
+        for name in HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks is not None:
+                memo[id(hooks)] = type(hooks)()
+    return copy.deepcopy(model, memo)
 
 
 def _layers(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -43,3 +43,11 @@ def value_error(op: str, argument: str, expected: str, got: Any) -> ValueError:
 def type_error(op: str, argument: str, expected: str, got: Any) -> TypeError:
     shown = describe(got) if isinstance(got, torch.Tensor) else f"{type(got).__name__} {got!r}"
     return TypeError(f"{op}: {argument} must be {expected}, got {shown}")
+
+
+def refuse_renamed(op: str, given: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
+    """Raises TypeError for a keyword that is not known; of one that has another name now, the message says which."""
+    for name in given:
+        if name in renamed:
+            raise TypeError(f"{op}: {name}= was replaced in version 0.2.0: use {renamed[name]}")
+        raise TypeError(f"{op}: it has no argument {name!r}")

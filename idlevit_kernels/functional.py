@@ -16,7 +16,11 @@ from torch import Tensor
 from . import ops
 from .backends import resolve
 from .errors import type_error, value_error
+from .ops import PLAIN
 from .reference.token_cut_loss import ROW_WEIGHTS
+
+# What ``inplace`` must be while gradients are recorded.
+IN_PLACE = "False while gradients are recorded and x or a parameter requires one (or use torch.no_grad)"
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -300,7 +304,7 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     """
     op = "scatter_tokens_"
     _check_scatter(op, x, indices, tokens)
-    check_writable(op, x, tokens=tokens)
+    check_writable(op, x, indices=indices, tokens=tokens)
     if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
         return x.copy_(ops.scatter_tokens(x, indices, tokens, backend=resolve(backend, "scatter_tokens_")))
     ops.scatter_tokens_(x, indices, tokens, backend=resolve(backend, "scatter_tokens_"))
@@ -314,11 +318,12 @@ def _check_scatter(op: str, x: Tensor, indices: Tensor, tokens: Tensor) -> None:
     _check_same_dtype(op, "tokens", tokens, x)
 
 
-def check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
+def check_writable(op: str, x: Tensor, **sources: Tensor | None) -> None:
+    """Raises ValueError unless x can be written to while the sources are read."""
     if torch.compiler.is_compiling():  # functionalisation writes to a copy
         return
     for argument, value in sources.items():
-        if x.numel() and value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        if value is not None and _share_memory(x, value):
             raise value_error(
                 op,
                 argument,
@@ -327,6 +332,13 @@ def check_writable(op: str, x: Tensor, **sources: Tensor) -> None:
             )
     if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
         raise value_error(op, "x", "a tensor whose elements do not share memory (call .contiguous() first)", x)
+
+
+def _share_memory(x: Tensor, other: Tensor) -> bool:
+    if not x.numel() or type(x) not in PLAIN or type(other) not in PLAIN:
+        return False  # what a subclass holds is its own affair, and its operators'
+    at = x.untyped_storage().data_ptr()
+    return at != 0 and at == other.untyped_storage().data_ptr()
 
 
 def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: str = "auto") -> Tensor:
@@ -466,7 +478,7 @@ def scatter_add_tokens_(
     _check_compact(op, "branch", branch, x, indices)
     _check_parameter(op, "gamma", gamma, x)
     check_number(op, "scale", scale)
-    check_writable(op, x, tokens=tokens, branch=branch)
+    check_writable(op, x, indices=indices, tokens=tokens, branch=branch, gamma=gamma)
     arguments = (x, indices, tokens, branch, gamma, float(scale))
     differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):

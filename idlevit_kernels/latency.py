@@ -107,7 +107,7 @@ def slower_than_dense(
     known: dict[Any, bool] = {}
     slower = []
     for i, d, given in zip(idle, dense, inputs, strict=True):
-        key = type(i), i.keep_ratio, given.shape
+        key = type(i), i.keep, given.shape
         if key not in known:
             calls = {"idle": given.rotating(i), "dense": given.rotating(d)}
             with evaluation(d), evaluation(i):

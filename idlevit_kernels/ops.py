@@ -14,40 +14,43 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
-from . import backends
+from . import backends, reference
 from .reference.layer_norm import accumulate_dtype
+from .versions import forward_ad_active, function_mode_active, functorch_active, ordinary_dispatch
 
 _lib = torch.library.Library("idlevit", "DEF")
 
-# What the dispatcher of every thread includes while gradients are off, in inference mode and under no_grad.
-_ORDINARY: set[int] = set()
-try:
-    from torch._C import DispatchKey, DispatchKeySet, _dispatch_tls_local_include_set, _is_any_autocast_enabled
-    from torch.autograd import _profiler_enabled
-except ImportError:  # private names: a PyTorch without them sends every call through its dispatcher
-    pass
-else:
-    _ORDINARY.add(DispatchKeySet(DispatchKey.BackendSelect).raw_repr())
-    _ORDINARY.add(DispatchKeySet(DispatchKey.BackendSelect).add(DispatchKey.ADInplaceOrView).raw_repr())
+PLAIN = (Tensor, torch.nn.Parameter)  # types of tensors whose elements lie where they say
 
 
-def direct(x: Tensor) -> bool:
+def direct(*args: Any) -> bool:
     """Whether the dispatcher would do nothing for this call but find the kernel: no gradients, no compiler, tracer,
-    transform, mode, autocast, subclass or profiler.
+    transform, mode, autocast or profiler, and every tensor a plain one (no subclass, no lazy minus sign).
 
     Then the kernel is called as it is. With the caches full of a layer's weights, the way through the dispatcher into
     Python costs 30 us an op (measured at batch 1), which is more than the kernels take.
     """
-    return (
-        bool(_ORDINARY)
-        and not is_compiling()
-        and type(x) is Tensor
-        and not x.is_meta
-        and not is_grad_enabled()
-        and not _is_any_autocast_enabled()
-        and not _profiler_enabled()
-        and _dispatch_tls_local_include_set().raw_repr() in _ORDINARY
-    )
+    if (
+        is_compiling()  # first: a compiler cannot trace what follows
+        or is_grad_enabled()
+        or args[0].is_meta
+        or not ordinary_dispatch()
+        or function_mode_active()
+        or forward_ad_active()
+    ):
+        return False
+    for value in args:
+        if isinstance(value, Tensor) and (type(value) not in PLAIN or value.is_neg()):
+            return False
+    return True
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work.
+
+    It has rules for PyTorch's own operators, not for these ops, so the references, which are made of PyTorch's, run.
+    """
+    return not is_compiling() and (forward_ad_active() or functorch_active())
 
 
 def _define(schema: str) -> Any:
@@ -55,15 +58,15 @@ def _define(schema: str) -> Any:
     name, rest = schema.split("(", 1)
     arguments, result = rest.rsplit(") ->", 1)
     _lib.define(f"{name}({arguments}, *, str backend='auto') ->{result}", tags=(torch.Tag.pt2_compliant_tag,))
+    in_place = name.endswith("_")
+    specification = getattr(reference, name)
 
     def run(*args: Any, backend: str = "auto") -> Any:
+        if in_place:
+            check_inference(args[0])
         function = backends.kernel(name, backends.resolve(backend, name), args)
-        if torch.is_autocast_enabled(args[0].device.type):  # the op's types are those of its arguments
-            with torch.autocast(args[0].device.type, enabled=False):
-                result = function(*args)
-        else:
-            result = function(*args)
-        if name.endswith("_") and not args[0].is_inference():  # or autograd would not notice the write
+        result = _without_autocast(function, args)
+        if in_place and not args[0].is_inference():  # or autograd would not notice the write
             torch.autograd.graph.increment_version(args[0])
         return result
 
@@ -71,9 +74,32 @@ def _define(schema: str) -> Any:
     op = getattr(torch.ops.idlevit, name).default
 
     def call(*args: Any, backend: str = "auto") -> Any:
-        return run(*args, backend=backend) if direct(args[0]) else op(*args, backend=backend)
+        if direct(*args):
+            return run(*args, backend=backend)
+        if transformed():
+            return _without_autocast(specification, args)
+        if in_place and not is_compiling() and args[0].is_neg():
+            # PyTorch would undo the lazy minus sign of a copy, write to that, and find no result to copy back.
+            args[0].copy_(getattr(torch.ops.idlevit, name[:-1]).default(*args, backend=backend))
+            return None
+        return op(*args, backend=backend)
 
     return call
+
+
+def _without_autocast(function: Any, args: tuple[Any, ...]) -> Any:
+    """The op's types are those of its arguments."""
+    device = args[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+def check_inference(x: Tensor) -> None:
+    """Raises PyTorch's own error where x was made in inference mode and is to be written outside of it."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        x.narrow(0, 0, 0).zero_()
 
 
 cls_direction = _define(
@@ -129,7 +155,7 @@ def cls_select_gather_norm(
 ) -> tuple[Tensor, Tensor]:
     """``cls_direction``, ``token_scores`` and ``select_gather_norm``, in one call of a backend that has one."""
     norm = (norm_weight, norm_bias, eps)
-    if direct(x):
+    if direct(x, *norm, qkv_weight, qkv_bias):
         args = (x, num_keep, num_prefix_tokens, *norm, qkv_weight, qkv_bias)
         fused = backends.kernel("cls_select_gather_norm", backend, args, like="select_gather_norm")
         if fused is not None:

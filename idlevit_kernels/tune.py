@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from .block import IdleBlock
+from .block.scoring import check_scorer
 from .complexity import count_macs, default_input_size
 from .errors import Words, type_error, value_error
 from .latency import block_inputs, evaluation, random_inputs, rotating, steps, token_counts
 from .models import apply_idle, remove_idle
 from .models.apply import find_family
 from .schedule import idle_schedule
-from .scoring import check_scorer
 from .timing import Timing, alternate
 
 Progress = Callable[[str, float], None]
@@ -124,7 +124,7 @@ def tune_schedule(
 
     def at(num_keep: int) -> Callable[[], Any]:
         (ratio,) = _ratios([num_keep], num_tokens)
-        return inputs[depth // 2].rotating(family.IDLE_BLOCK(blocks[depth // 2], ratio, prefix, scorer), tokens)
+        return inputs[depth // 2].rotating(IdleBlock(blocks[depth // 2], ratio, prefix, scorer), tokens)
 
     with evaluation(model):
         measured = alternate(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .block import IdleBlock
+from .block import Context, IdleBlock
 from .errors import Words, type_error, value_error
 from .latency import evaluation
 from .models import idle_blocks
@@ -105,12 +105,10 @@ class _Recorder(TorchDispatchMode):
 
 def _to_places(block: IdleBlock, values: Tensor, shape: torch.Size, images: torch.Size) -> Tensor:
     """Values of tokens [rows, T, k] of a block that was given tokens of the shape -> [B, h, w, k]."""
-    from .models.swin import IdleWindowBlock, Windows
-
-    if isinstance(block, IdleWindowBlock):
-        swin: Any = block._block[0]
-        windows = Windows((shape[1], shape[2]), swin.window_size, swin.shift_size, values.device)
-        return windows.join(values)
+    if len(shape) == 4:  # a grid, cut into windows
+        _, _, leave = block.form.enter(block, torch.empty(shape, device="meta"), Context.NOTHING)
+        assert leave is not None
+        return leave(values)
     values = values[:, block.num_prefix_tokens :]
     h = round(math.sqrt(values.shape[1] * images[2] / images[3]))
     if values.shape[0] != images[0] or h * (values.shape[1] // max(h, 1)) != values.shape[1]:

@@ -31,11 +31,18 @@ def raw_scores(x: Tensor, block: nn.Module, scorer: str) -> Tensor:
     return logits[:, 0] if scorer == "cls" else logits.mean(1)
 
 
-def plain(x: Tensor, block: nn.Module, num_keep: int, num_prefix_tokens: int = 1, scorer: str = "cls") -> tuple:
-    """The idle block as its docstring says it."""
+def plain(
+    x: Tensor,
+    block: nn.Module,
+    num_keep: int,
+    num_prefix_tokens: int = 1,
+    scorer: str = "cls",
+    scored_by: nn.Module | None = None,
+) -> tuple:
+    """The idle block as its docstring says it; another block may score."""
     with torch.no_grad():
         rng = torch.get_rng_state()
-        idx = reference.select_tokens(raw_scores(x, block, scorer), num_keep, num_prefix_tokens)
+        idx = reference.select_tokens(raw_scores(x, scored_by or block, scorer), num_keep, num_prefix_tokens)
         torch.set_rng_state(rng)
     y = reference.gather_tokens(x, idx)
     y = y + block.drop_path1(block.ls1(block.attn(block.norm1(y))))
@@ -159,7 +166,7 @@ def test_direction_ranks_as_the_logits_do(scorer: str, bias: bool, backend: str)
         x = tokens(4, 50)
         scores = raw_scores(x, block, scorer)
         for num_keep in (1, 20, 48):
-            _, idx = ik.idle_block(x, block, num_keep, 1, scorer, return_indices=True, backend=backend)
+            _, idx = ik.idle_block(x, block, num_keep, 1, scorer=scorer, return_indices=True, backend=backend)
             assert torch.equal(idx, reference.select_tokens(scores, num_keep, 1))
 
 
@@ -294,8 +301,9 @@ UNCALLED = {"attn.attn_drop"}  # timm's fused attention takes its probability an
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 @pytest.mark.parametrize("part", PARTS)
 def test_hooks_are_called_and_may_change_values(part: str, kind: str, backend: str) -> None:
+    """Once, with the tokens that are computed; tokens are scored by the parameters of what is hooked."""
     block = make_block("DropPath", torch.float32).eval()
-    called = []
+    unhooked, called = copy.deepcopy(block), []
 
     def change(value: Tensor) -> Tensor:
         called.append(value.shape)
@@ -308,11 +316,13 @@ def test_hooks_are_called_and_may_change_values(part: str, kind: str, backend: s
         module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     x = tokens(dtype=torch.float32)
     with torch.no_grad():  # where float32 has its own linear layers
-        wanted, _ = plain(x, block, 7)
+        wanted, _ = plain(x, block, 7, scored_by=unhooked)
+        shapes = list(called)
         called.clear()
         found = ik.idle_block(x, block, 7, backend=backend)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    assert bool(called) == (part not in UNCALLED)
+    assert len(called) == (part not in UNCALLED)
+    assert called == shapes
 
 
 @pytest.mark.parametrize("part", ["norm1", "ls1", "norm2", "ls2"])
@@ -340,7 +350,7 @@ def test_a_projection_that_is_no_plain_linear() -> None:
     block.attn.qkv = adapted
     for scorer in ("cls", "mean"):
         wanted, wanted_idx = plain(x, block, 7, 1, scorer)
-        found, idx = ik.idle_block(x, block, 7, 1, scorer, return_indices=True)
+        found, idx = ik.idle_block(x, block, 7, 1, scorer=scorer, return_indices=True)
         assert torch.equal(idx, wanted_idx)
         torch.testing.assert_close(found, wanted)
 

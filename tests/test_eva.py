@@ -228,13 +228,19 @@ def test_bad_rope() -> None:
     model = make("EVA-02")
     x, rope = model._pos_embed(model.patch_embed(torch.randn(2, 3, 64, 64)))
     block = model.blocks[1]
-    assert ik.idle_block(x, block, 4, rope=rope).shape == x.shape
-    with pytest.raises(ValueError, match=r"^idle_block: rope must be \[..., N, D\] with the N = 16 image tokens, got"):
-        ik.idle_block(x, block, 4, rope=rope[1:])
-    with pytest.raises(ValueError, match="^idle_block: num_prefix_tokens must be 1, as many as its attention does not"):
-        ik.idle_block(x, block, 4, num_prefix_tokens=2, rope=rope)
-    with pytest.raises(TypeError, match="^idle_block: rope must be"):
-        ik.idle_block(x, block, 4, rope="cat")
+    assert ik.idle_block(x, block, 4, context=ik.Context(rope)).shape == x.shape
+    with pytest.raises(
+        ValueError, match=r"^idle_block: context.rope must be \[..., N, D\] with the N = 16 image tokens, got"
+    ):
+        ik.idle_block(x, block, 4, context=ik.Context(rope[1:]))
+    with pytest.raises(
+        ValueError, match="^idle_block: num_prefix_tokens must be 1, as many as the block's attention does"
+    ):
+        ik.idle_block(x, block, 4, num_prefix_tokens=2, context=ik.Context(rope))
+    with pytest.raises(TypeError, match="^idle_block: context.rope must be"):
+        ik.idle_block(x, block, 4, context=ik.Context("cat"))
+    with pytest.raises(TypeError, match="^idle_block: rope= was replaced in version 0.2.0: use context=Context"):
+        ik.idle_block(x, block, 4, rope=rope)
     plain = noisy(timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48)).blocks[0]
-    with pytest.raises(ValueError, match="^idle_block: rope must be None: the block's Attention takes no rotary"):
-        ik.idle_block(x, plain, 4, rope=rope)
+    with pytest.raises(ValueError, match="^idle_block: context must be without a rotary embedding"):
+        ik.idle_block(x, plain, 4, context=ik.Context(rope))

@@ -343,7 +343,7 @@ def test_an_attention_mask_of_ones_is_none() -> None:
     mask = torch.ones(2, 17, dtype=torch.int64)
     assert_same(tensors(model(image, attention_mask=mask)), tensors(model(image)), 0)
     mask[:, -3:] = 0
-    with pytest.raises(ValueError, match="attn_mask must be None: idle tokens need full attention"):
+    with pytest.raises(ValueError, match="attention_mask must be None: idle tokens need full attention"):
         model(image, attention_mask=mask)
 
 
@@ -365,7 +365,7 @@ def test_what_cannot_idle() -> None:
 
     model = make("ViT")
     layers_of(model)[2] = Mine(model.config)
-    with pytest.raises(TypeError, match="ViTModel cannot idle: its layers are Mine, whose forward is not that of ViTL"):
+    with pytest.raises(TypeError, match="ViTModel cannot idle: its blocks are Mine, whose forward is not that of ViTL"):
         ik.apply_idle(model)
     beit = transformers.BeitModel(transformers.BeitConfig(**VIT))
     with pytest.raises(TypeError, match="must be one of:.*transformers ViT, DeiT or DINOv2.*got transformers.*BeitM"):
@@ -377,8 +377,8 @@ def test_there_is_no_token_cut_loss() -> None:
     with pytest.raises(TypeError, match="transformers ViT, DeiT or DINOv2 has no training form.*without the token cut"):
         ik.IdleViTForTraining(model)
     block = next(iter(ik.idle_blocks(model).values()))
-    with pytest.raises(TypeError, match="block.attn must be timm's Attention where cut is 'both'"):
-        ik.idle_block(torch.randn(1, 17, 48), block, 8, cut="both")
+    with pytest.raises(TypeError, match="return_cut must be 'none' or None here: transformers' attention has none"):
+        block(torch.randn(1, 17, 48), return_cut="both")
 
 
 def test_macs() -> None:

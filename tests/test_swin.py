@@ -253,7 +253,7 @@ def test_projections_that_are_no_plain_linear(name: str) -> None:
     for block in ik.idle_blocks(model).values():
         block.attn.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
     torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
-    assert len(calls) == (5 if name == "v2" else 10)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])

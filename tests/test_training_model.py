@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import idlevit_kernels as ik
 from idlevit_kernels.backends import token_cut_loss as tiled
+from idlevit_kernels.block.parts import find_parts
 
 SMALL = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 CRITERION = ik.IdleViTLoss(nn.CrossEntropyLoss())
@@ -168,10 +169,9 @@ def test_hooked_parts_run_as_modules(one_thread: None) -> None:
 def test_second_gradients_through_the_mlp(one_thread: None) -> None:
     block = make().double().model.blocks[0]
     x = torch.randn(1, 3, 48, dtype=torch.float64, requires_grad=True)
-    from idlevit_kernels import dense
-
-    assert torch.autograd.gradcheck(lambda x: dense.mlp(block.mlp, x, "auto"), x)
-    assert torch.autograd.gradgradcheck(lambda x: dense.mlp(block.mlp, x, "auto"), x)
+    mlp = find_parts(block).mlp
+    assert torch.autograd.gradcheck(mlp, x)
+    assert torch.autograd.gradgradcheck(mlp, x)
 
 
 def test_autocast(one_thread: None) -> None:
@@ -280,5 +280,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"IdleViTForTraining: cut must be one of \['both', .*got 'all'"):
         make(cut="all")
     block = make().model.blocks[2]
-    with pytest.raises(ValueError, match="idle_block: cut must be one of"):
-        ik.idle_block(torch.randn(1, 17, 48), block, 4, cut="all")
+    with pytest.raises(ValueError, match=r"IdleBlock: return_cut must be one of \['both', .*got 'all'"):
+        block(torch.randn(1, 17, 48), return_cut="all")
+    with pytest.raises(TypeError, match="idle_block: cut= was replaced in version 0.2.0: use return_cut='both'"):
+        ik.idle_block(torch.randn(1, 17, 48), block, 4, cut="both")

@@ -156,13 +156,15 @@ def test_adaptive_leaves_layers_as_they_are_or_dense() -> None:
     torch.manual_seed(1)
     model = tiny()
     torch.manual_seed(1)
-    ik.apply_idle(adaptive := tiny(), 0.5, adaptive=True, batch=2)
+    ik.apply_idle(adaptive := tiny(), 0.5, adaptive_batch=2)
     ratios = [block.keep_ratio for block in blocks(adaptive)]
     assert all(r in (1.0, wanted) for r, wanted in zip(ratios, [1.0, 0.5, 0.25, 0.125], strict=True))
     with torch.no_grad():
         torch.testing.assert_close(adaptive(image), ik.apply_idle(model, schedule=ratios)(image))
-    with pytest.raises(ValueError, match="apply_idle: batch must be at least 1"):
-        ik.apply_idle(tiny(), 0.5, adaptive=True, batch=0)
+    with pytest.raises(ValueError, match="apply_idle: adaptive_batch must be at least 1"):
+        ik.apply_idle(tiny(), 0.5, adaptive_batch=0)
+    with pytest.raises(TypeError, match="apply_idle: adaptive= was replaced in version 0.2.0: use adaptive_batch=N"):
+        ik.apply_idle(tiny(), 0.5, adaptive=True)
 
 
 def run(*arguments: str, code: int = 0):

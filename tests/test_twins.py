@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels.models.twins import _shares
+from idlevit_kernels.models.twins import shares as shares_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,8 @@ def test_shares_add_up_to_the_logits() -> None:
     pooled = attn.sr(normed.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
     query, key = (by_head(t, attn.num_heads) for t in (attn.q(normed), attn.kv(attn.norm(pooled))[..., : attn.dim]))
     logits = (query @ key.transpose(-2, -1)).mean((1, 2))  # [B, cells]
-    shares = _shares(attn, normed, pooled, size) / attn.num_heads
+    direction = attn.q(normed.mean(1)) @ attn.kv.weight[: attn.dim]
+    shares = shares_of(attn, direction, normed, pooled, size) / attn.num_heads
     total = shares.unflatten(1, size).unfold(1, 8, 8).unfold(2, 8, 8).sum((3, 4)).flatten(1)
     constant = (logits - total).mean(1, keepdim=True)
     assert_equal(total + constant, logits, "mean logits")
@@ -202,7 +203,7 @@ def test_compile(backend: str) -> None:
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("twins_svt_small", "Twins cannot idle: it is a Twins-SVT, whose locally grouped attention"),
+        ("twins_svt_small", "Twins cannot idle: its attention is the locally grouped one of Twins-SVT"),
         ("pvt_v2_b0", "PyramidVisionTransformerV2 cannot idle: its MLP mixes neighbours by a depthwise convolution"),
     ],
 )

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from idlevit_kernels import dense, idle_schedule
+from idlevit_kernels import idle_schedule
+from idlevit_kernels.block.linear import linear as fast_linear
 from idlevit_kernels.schedule import num_kept
 
 from .vit import Peer, attend, attention, gather, mlp, split_heads, with_class_token
@@ -45,14 +46,14 @@ def idle(block: Any, x: Tensor, num_keep: int) -> Tensor:
     weight = attn.qkv.weight.split(width)
     bias = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.split(width)
     normed = block.norm1(x)
-    k = attn.k_norm(split_heads(dense.linear(normed, weight[1], bias[1]), heads))
+    k = attn.k_norm(split_heads(fast_linear(normed, weight[1], bias[1]), heads))
     query = attn.q_norm(split_heads(F.linear(normed[:, :1], weight[0], bias[0]), heads))
     scores = (query @ k.transpose(2, 3)).mean(1)[:, 0, 1:]
     indices = with_class_token(scores.argsort(dim=1, descending=True)[:, :num_keep])
 
     normed = gather(normed, indices)
-    q = attn.q_norm(split_heads(dense.linear(normed, weight[0], bias[0]), heads))
-    v = split_heads(dense.linear(normed, weight[2], bias[2]), heads)
+    q = attn.q_norm(split_heads(fast_linear(normed, weight[0], bias[0]), heads))
+    v = split_heads(fast_linear(normed, weight[2], bias[2]), heads)
     kept = indices[:, None, :, None].expand(-1, heads, -1, k.shape[3])
     y = mlp(block, gather(x, indices) + attend(block, q, k.gather(2, kept), v))
     return x.scatter_(1, indices.unsqueeze(-1).expand_as(y), y)

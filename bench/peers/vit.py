@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from idlevit_kernels import dense
+from idlevit_kernels.block.context import Context
+from idlevit_kernels.block.linear import linear as fast_linear
+from idlevit_kernels.block.parts import Parts, find_parts
 
 
 class Peer(nn.Module):
@@ -36,7 +38,7 @@ class Peer(nn.Module):
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    return dense.linear(x, layer.weight, layer.bias)
+    return fast_linear(x, layer.weight, layer.bias)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -64,12 +66,18 @@ def class_attention(attn: Any, q: Tensor, k: Tensor) -> Tensor:
     return (q[:, :, :1] * attn.scale @ k.transpose(2, 3)).softmax(-1)[:, :, 0, 1:].mean(1)
 
 
+def parts_of(block: Any) -> Parts:
+    found = find_parts(block)
+    assert isinstance(found, Parts), found
+    return found
+
+
 def attention(block: Any, x: Tensor) -> Tensor:
-    return x + block.ls1(dense.attention(block.attn, block.norm1(x), "auto"))
+    return x + block.ls1(parts_of(block).attention(block.norm1(x), Context.NOTHING))
 
 
 def mlp(block: Any, x: Tensor) -> Tensor:
-    return x + block.ls2(dense.mlp(block.mlp, block.norm2(x), "auto"))
+    return x + block.ls2(parts_of(block).mlp(block.norm2(x)))
 
 
 def gather(x: Tensor, indices: Tensor) -> Tensor:

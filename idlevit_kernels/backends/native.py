@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..build_info import build_info
-from ..errors import value_error
+from ..errors import Words, value_error
 from ..reference.layer_norm import accumulate_dtype
 from . import token_cut_loss as tiles
 
@@ -56,6 +56,15 @@ def _dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else dense(t, dtype)
 
 
+def address(t: Tensor) -> int:
+    """Where its elements lie. A kernel takes 0 for a tensor that is left out, so one whose memory was freed (a storage
+    resized to 0, as FSDP does) is refused here."""
+    at = t.data_ptr()
+    if at == 0 and t.numel():
+        raise value_error("native kernel", "each tensor", "one with memory", Words("one whose storage was freed"))
+    return at
+
+
 class Parameters(NamedTuple):
     """Of a norm, a LayerScale or a direction, as a kernel takes them."""
 
@@ -78,7 +87,7 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
         if t.dtype is not dtype or not t.is_contiguous():
             t = dense(t, dtype)
             owners.append(t)
-        addresses.append(t.data_ptr())
+        addresses.append(address(t))
     return Parameters(codes, addresses, owners)
 
 
@@ -249,10 +258,10 @@ class NativeOps(abc.ABC):
         branch = _dense_or_none(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
-        source = (0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:2])
+        source = (0, 0, 0) if x is None else (address(x), *x.stride()[:2])
         failure = self.call(
             "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
-            0 if branch is None else branch.data_ptr(), at_gamma, scale, out.data_ptr(), by_image, by_token,
+            0 if branch is None else address(branch), at_gamma, scale, out.data_ptr(), by_image, by_token,
         )  # fmt: skip
         if failure:
             raise self.error(op, failure, indices, T)

@@ -1,7 +1,15 @@
 """From a dense model to an IdleViT and back."""
 
-from .apply import apply_idle, idle_blocks, remove_idle
+from .apply import apply_idle, idle_blocks, idle_config, remove_idle, set_keep_ratio
 from .checkpoint import load_released
 from .training import IdleViTForTraining
 
-__all__ = ["IdleViTForTraining", "apply_idle", "idle_blocks", "load_released", "remove_idle"]
+__all__ = [
+    "IdleViTForTraining",
+    "apply_idle",
+    "idle_blocks",
+    "idle_config",
+    "load_released",
+    "remove_idle",
+    "set_keep_ratio",
+]

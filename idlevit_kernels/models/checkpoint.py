@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import type_error, value_error
 from ..schedule import check_ratio, idle_schedule
+from ..versions import library_class
 from .apply import apply_idle
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,11 +71,16 @@ def load_released(
     if schedule is not None:
         ratio = check_ratio(op, _base_rate(op, content) if keep_ratio is None else keep_ratio)
         ratios = idle_schedule(len(model.blocks), ratio)  # type: ignore[arg-type]
-        if schedule == "training" and type(model).__name__ != "LVViT":
+        if schedule == "training" and not _is_lvvit(model):
             ratios = [1.0, *ratios[:-1]]
         apply_idle(model, schedule=ratios)
     model.load_state_dict(weights, strict=True)
     return model
+
+
+def _is_lvvit(model: nn.Module) -> bool:
+    kind = library_class("LVViT")
+    return kind is not None and isinstance(model, kind)
 
 
 def _read(op: str, file: str | os.PathLike[str]) -> dict[str, Any]:

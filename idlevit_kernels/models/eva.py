@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..block import IdleBlock, take_over, unfit
+from ..block.context import Context
+from ..block.parts import register_form
+from ..versions import library_class
+from .vit import PreNormForm, refuse_masks
 
 NAME = "timm Eva (EVA-02, DINOv3, ...)"
-IDLE_BLOCK = IdleBlock
+
+
+class EvaForm(PreNormForm):
+    """timm's EvaBlock: the pre-norm block with LayerScale as its own parameters and a rotary embedding beside x."""
+
+    blocks = ("EvaBlock",)
+
+    def context(  # type: ignore[override]
+        self, block: Any, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Context:
+        refuse_masks(attn_mask, is_causal)
+        return Context.NOTHING if rope is None else Context(rope)
+
+    def arguments(self, context: Context) -> dict[str, Any]:
+        return {"rope": context.rope}
+
+
+register_form(EvaForm())
 
 
 def find(model: Any) -> nn.Module | None:
     """The Eva in the model (itself, or what ``features_only`` wraps); None if there is none."""
-    timm_eva = sys.modules.get("timm.models.eva")
-    if timm_eva is None:  # no timm model can exist
+    kind = library_class("Eva")
+    if kind is None:  # no timm model can exist
         return None
     if type(model).__name__ == "FeatureGetterNet":
         model = model.model
-    return model if isinstance(model, timm_eva.Eva) else None
+    return model if isinstance(model, kind) else None
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -28,9 +47,8 @@ def blocks(model: Any) -> list[nn.Module]:
 
 
 def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    new = nn.ModuleList(blocks)
-    take_over(new, model.blocks)
-    model.blocks = new
+    for i, block in enumerate(blocks):
+        model.blocks[i] = block
 
 
 def num_prefix_tokens(model: Any) -> int:
@@ -53,20 +71,3 @@ def head(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def default_scorer(model: Any) -> str:
     """Registers alone are no class token."""
     return "mean" if model.cls_token is None else "cls"
-
-
-def reasons(model: Any) -> list[str]:
-    """Why this model cannot idle; empty if it can."""
-    from timm.models.eva import EvaBlock
-
-    found: dict[str, None] = {}  # ordered, once each
-    block: Any
-    for block in blocks(model):
-        if isinstance(block, IdleBlock):
-            continue
-        reason = unfit(block)
-        if reason is None and type(block).forward is not EvaBlock.forward:
-            reason = f"{type(block).__name__}, whose forward is not that of timm's EvaBlock"
-        if reason is not None:
-            found[f"its blocks are {reason}"] = None
-    return list(found)

@@ -1,40 +1,141 @@
 """ViT, DeiT and DINOv2 (with and without registers) of the Hugging Face transformers library, alone or within a model.
 
-An idle layer hands its modules to ``idle_block`` by the names of timm's block (``parts``). It stays an instance of the
-layer class whose place it takes, because that is how transformers finds the layers whose outputs are ``hidden_states``
-and those whose activations it recomputes; a class for each is made when it is needed, as transformers is optional.
+An idle layer is an instance of the layer's class, because that is how transformers finds the layers whose outputs are
+``hidden_states`` and those whose activations it recomputes.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..block import IdleBlock, take_over
+from .. import ops
+from ..block.attention import Projected, SelfAttention, check_branch, heads_apart, heads_together
+from ..block.context import Context
+from ..block.parts import Entered, Parts, Watch, definer, find_branch, find_kind, find_linear, find_norm, register_form
 from ..errors import value_error
+from ..versions import library_class
 
 NAME = "transformers ViT, DeiT or DINOv2"
 
-# Class of a layer: where it is, and the prefix tokens of its model, registers apart.
-_LAYERS = {
-    "ViTLayer": ("transformers.models.vit.modeling_vit", 1),
-    "DeiTLayer": ("transformers.models.deit.modeling_deit", 2),
-    "Dinov2Layer": ("transformers.models.dinov2.modeling_dinov2", 1),
-    "Dinov2WithRegistersLayer": ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers", 1),
-}
-# What transformers sets on a layer whose activations are to be recomputed.
-_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+# Class of a layer, and the prefix tokens of its model, registers apart.
+_LAYERS = {"ViTLayer": 1, "DeiTLayer": 2, "Dinov2Layer": 1, "Dinov2WithRegistersLayer": 1}
+
+
+class LayerAttention(SelfAttention):
+    """The attention of such a layer, called on the kept tokens; its projections are read for the scores."""
+
+    cut_reason = "transformers' attention has none"
+    written = False
+    qkv = biases = q_norm = k_norm = num_prefix_tokens = rotate_half = None
+
+    def __init__(self, module: Any, watch: Watch):
+        self.module = module
+        own, watched = watch.is_own(module), watch.is_watched(module)
+        inner, names = module, ("q_proj", "k_proj", "v_proj")
+        if not hasattr(module, "q_proj"):  # ViT and DeiT in 5.0, DINOv2 in 5.16
+            inner, names = watch.value(module, "attention"), ("query", "key", "value")
+        self.heads = watch.value(inner, "num_attention_heads")
+        self.separate = tuple(find_linear(watch.value(inner, name), watch) for name in names)
+        self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
+        # Where the keys of all tokens had to be computed, those of the kept ones are used again.
+        self.output = watch.value(module, "o_proj") if own and not watched else None
+        self.scale = watch.value(module, "scaling")
+        self.dropout = (watch.value(module, "attention_dropout") or 0.0) if watch.value(module, "training") else 0.0
+
+    def call(self, y: Tensor, context: Context) -> Tensor:
+        out = self.module(y)
+        return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
+
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+        if self.output is None:
+            return self.call(y, context)
+        q, k = (ops.gather_tokens(heads_together(t), indices, backend=backend) for t in prepared[:2])
+        q, k, v = (heads_apart(t, prepared.q.shape[3]) for t in (q, k, self.separate[2](y)))
+        return self.output(
+            heads_together(F.scaled_dot_product_attention(q, k, v, None, self.dropout, scale=self.scale))
+        )
+
+
+class LayerForm:
+    """x + attention(norm(x)), then x + mlp(norm(x)), with the names that transformers gives the parts."""
+
+    blocks = tuple(_LAYERS)
+    sequence = True
+
+    def why_unsupported(self, layer: Any) -> str | None:
+        name = type(layer).__name__
+        if "output_attentions" in inspect.signature(definer(type(layer)).forward).parameters:
+            return f"{name} that return tuples, as in transformers before 4.56"
+        try:
+            self.parts(layer, Watch())
+        except AttributeError as error:
+            return f"{name} laid out as in no version of transformers that is known here: {error}"
+        return None
+
+    def parts(self, layer: Any, watch: Watch) -> Parts:
+        dinov2 = hasattr(layer, "norm1")
+        old_vit = not hasattr(layer, "mlp")  # in 5.0; ``output`` adds the residual itself, so its modules are called
+        drop = layer.drop_path if dinov2 else layer.output.dropout if old_vit else layer.dropout
+        for name in ("drop_path", "output", "dropout"):
+            watch.value(layer, name)
+        names = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
+        norm1, norm2 = (find_norm(_part(layer, name, watch), watch) for name in names)
+        scales = [_part(layer, f"layer_scale{i}", watch) if dinov2 else None for i in (1, 2)]
+        return Parts(
+            norm1,
+            LayerAttention(_part(layer, "attention", watch), watch),
+            find_branch(watch, None if old_vit else drop, scales[0]),
+            norm2,
+            self._mlp(layer, old_vit, watch),
+            find_branch(watch, drop, scales[1]),
+            watch,
+            self,
+        )
+
+    def _mlp(self, layer: Any, old_vit: bool, watch: Watch) -> Callable[[Tensor], Tensor]:
+        if old_vit:
+            return lambda x: layer.output.dense(layer.intermediate(x))
+        mlp = _part(layer, "mlp", watch)
+        watch.is_own(mlp), watch.is_watched(mlp)
+        return mlp
+
+    def context(self, layer: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
+        """``kwargs`` are what a transformers model hands down to all of its layers."""
+        if attention_mask is not None:
+            raise value_error("IdleBlock", "attention_mask", "None: idle tokens need full attention", attention_mask)
+        attention: Any = layer.attention
+        config = attention.config if hasattr(attention, "config") else attention.attention.config
+        if kwargs.get("output_attentions", config.output_attentions):
+            expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
+            raise value_error("IdleBlock", "output_attentions", expected, True)
+        return Context.NOTHING
+
+    def arguments(self, context: Context) -> dict[str, Any]:
+        return {}
+
+    def enter(self, layer: Any, x: Tensor, context: Context) -> Entered:
+        return Entered(x, context, None)
+
+
+def _part(layer: Any, name: str, watch: Watch) -> Any:
+    """Raises AttributeError if there is none."""
+    getattr(layer, name)
+    return watch.value(layer, name)
+
+
+register_form(LayerForm())
 
 
 def _kind(layer: Any) -> str:
     """Which of the supported layers this is; "" if none."""
-    for name, (home, _) in _LAYERS.items():
-        if home in sys.modules and isinstance(layer, getattr(sys.modules[home], name)):
+    for name in _LAYERS:
+        kind = find_kind(name)
+        if kind is not None and isinstance(layer, kind):
             return name
     return ""
 
@@ -46,8 +147,8 @@ def _lists_of_layers(module: nn.Module) -> list[str]:
 
 def find(model: Any) -> nn.Module | None:
     """The module that holds the list of layers; None if there is none, or more than one."""
-    home = sys.modules.get("transformers.modeling_utils")
-    if home is None or not isinstance(model, home.PreTrainedModel):
+    kind = library_class("PreTrainedModel")
+    if kind is None or not isinstance(model, kind):
         return None
     found = [module for module in model.modules() if _lists_of_layers(module)]
     return found[0] if len(found) == 1 else None
@@ -60,137 +161,14 @@ def blocks(model: Any) -> list[nn.Module]:
 
 def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
     (name,) = _lists_of_layers(model)
-    layers = nn.ModuleList(blocks)
-    take_over(layers, getattr(model, name))
-    setattr(model, name, layers)
+    layers = getattr(model, name)
+    for i, block in enumerate(blocks):
+        layers[i] = block
 
 
 def num_prefix_tokens(model: Any) -> int:
-    _, count = _LAYERS[_kind(blocks(model)[0])]
-    return count + getattr(model.config, "num_register_tokens", 0)
+    return _LAYERS[_kind(blocks(model)[0])] + getattr(model.config, "num_register_tokens", 0)
 
 
 def default_scorer(model: Any) -> str:
     return "cls"
-
-
-def reasons(model: Any) -> list[str]:
-    """Why this model cannot idle; empty if it can."""
-    found = dict.fromkeys(_unfit(layer) for layer in blocks(model) if not isinstance(layer, IdleBlock))
-    return [f"its layers are {reason}" for reason in found if reason is not None]
-
-
-def _unfit(layer: Any) -> str | None:
-    name, kind = _kind(layer), type(layer)
-    if not name:
-        return f"{kind.__name__}, not one of {', '.join(_LAYERS)}"
-    if kind.forward is not getattr(sys.modules[_LAYERS[name][0]], name).forward:
-        return f"{kind.__name__}, whose forward is not that of {name}"
-    if "output_attentions" in inspect.signature(kind.forward).parameters:
-        return f"{kind.__name__} that return tuples, as in transformers before 4.56"
-    try:
-        _Parts(layer)
-    except AttributeError as error:
-        return f"laid out as in no version of transformers that is known here: {error}"
-    return None
-
-
-_IDENTITY = nn.Identity()
-
-
-class _Attention:
-    """A transformers attention by the names of timm's: [B, n, C] -> [B, n, C]."""
-
-    q_norm = k_norm = _IDENTITY
-
-    def __init__(self, attention: Any):
-        self._attention = attention
-        if hasattr(attention, "q_proj"):
-            self.num_heads, self.q_proj, self.k_proj = attention.num_attention_heads, attention.q_proj, attention.k_proj
-        else:  # ViT and DeiT in 5.0, DINOv2 in 5.16
-            inner = attention.attention
-            self.num_heads, self.q_proj, self.k_proj = inner.num_attention_heads, inner.query, inner.key
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self._attention(x)
-        return out[0] if isinstance(out, tuple) else out
-
-
-class _Parts:
-    """The modules of a layer by the names of timm's block. A class, as torch.compile traces no SimpleNamespace."""
-
-    def __init__(self, layer: Any):
-        dinov2 = hasattr(layer, "norm1")
-        old_vit = not hasattr(layer, "mlp")  # in 5.0; ``output`` adds the residual itself, so its modules are called
-        drop = layer.drop_path if dinov2 else layer.output.dropout if old_vit else layer.dropout
-        self.norm1 = layer.norm1 if dinov2 else layer.layernorm_before
-        self.attn = _Attention(layer.attention)
-        self.gamma_1 = layer.layer_scale1.lambda1 if dinov2 else None
-        self.drop_path1 = None if old_vit else drop
-        self.norm2 = layer.norm2 if dinov2 else layer.layernorm_after
-        self.mlp = (lambda x: layer.output.dense(layer.intermediate(x))) if old_vit else layer.mlp
-        self.gamma_2 = layer.layer_scale2.lambda1 if dinov2 else None
-        self.drop_path2 = drop
-
-
-class _IdleLayer(IdleBlock):
-    """An ``IdleBlock`` that is called as a transformers layer is."""
-
-    def __init__(self, block: nn.Module, keep_ratio: float, num_prefix_tokens: int = 1, scorer: str = "auto"):
-        super().__init__(block, keep_ratio, num_prefix_tokens, scorer)
-        _carry_checkpointing(block, self)
-
-    @staticmethod
-    def check(block: nn.Module) -> None:
-        reason = _unfit(block)
-        if reason is not None:
-            raise TypeError(f"IdleBlock: block must be a layer that transformers made, got {reason}")
-
-    def parts(self) -> _Parts:
-        return _Parts(self)
-
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        inplace: bool = False,
-        cut: str | None = None,
-        rope: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """``kwargs`` are what a transformers model hands down to all of its layers."""
-        attention: Any = self.attention
-        config = attention.config if hasattr(attention, "config") else attention.attention.config
-        if kwargs.get("output_attentions", config.output_attentions):
-            expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
-            raise value_error("IdleBlock", "output_attentions", expected, True)
-        return super().forward(x, attn_mask, is_causal, inplace, cut, rope)
-
-    def dense_block(self) -> nn.Module:
-        block = super().dense_block()
-        _carry_checkpointing(self, block)
-        return block
-
-
-def _carry_checkpointing(source: nn.Module, target: nn.Module) -> None:
-    for name in _CHECKPOINTING:
-        if name in source.__dict__:
-            setattr(target, name, source.__dict__[name])
-
-
-def IDLE_BLOCK(block: nn.Module, keep_ratio: float, num_prefix_tokens: int, scorer: str) -> IdleBlock:
-    return _idle_class(_kind(block))(block, keep_ratio, num_prefix_tokens, scorer)
-
-
-@functools.cache
-def _idle_class(name: str) -> type[IdleBlock]:
-    layer = getattr(importlib.import_module(_LAYERS[name][0]), name)
-    return type(f"Idle{name}", (_IdleLayer, layer), {"__module__": __name__})
-
-
-def __getattr__(name: str) -> Any:
-    """IdleViTLayer and the like, where pickle looks for them."""
-    if name.startswith("Idle") and name.removeprefix("Idle") in _LAYERS:
-        return _idle_class(name.removeprefix("Idle"))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,22 +17,25 @@ only where a window has fewer than K image tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import dense, ops
-from ..backends import resolve
-from ..block import IdleBlock
-from ..dense import plain_linear
+from .. import ops
+from ..block.attention import heads_apart
+from ..block.context import Context
+from ..block.linear import linear
+from ..block.mlp import find_mlp
+from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
+from ..errors import value_error
 from ..reference.layer_norm import accumulate_dtype
-from ..schedule import num_kept
-from ..scoring import layer_norm_parameters
-from .grid import IdleGridBlock, drop, finish, gather, linear, put_blocks, scatter_add
+from ..versions import library_class
+from .grid import attend, put_blocks, through_hooks, why_no_attention
 
 NAME = "timm SwinTransformer, SwinTransformerV2"
 
@@ -119,165 +122,276 @@ class Windows:
         return t.repeat(like.shape[0] // t.shape[0], 1)
 
 
-class IdleWindowBlock(IdleGridBlock):
-    """A Swin block that computes K tokens of each window and lets the others idle.
+@dataclasses.dataclass(frozen=True)
+class WindowContext(Context):
+    """The windows that tokens [B * windows, M^2, C] lie in; ``indices`` [B * windows, K] are those of the kept ones."""
 
-    K = int(keep_ratio * M^2), at least 1 and at most the M^2 tokens of a window: timm cuts windows down to a smaller
-    grid, and K with them.
+    windows: Any = None
+    indices: Tensor | None = None
 
-    Args:
-        block: timm's SwinTransformerBlock or SwinTransformerV2Block.
-        keep_ratio, num_prefix_tokens, scorer: as in ``IdleGridBlock``.
-    """
+    def take(self, indices: Tensor, num_prefix_tokens: int) -> Context:
+        return dataclasses.replace(self, indices=indices)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """x [B, H, W, C] -> [B, H, W, C]."""
-        block: Any = self._block[0]
-        num_keep = num_kept(self.keep_ratio, block.window_area)
-        _, H, W, _ = x.shape
-        windows = Windows((H, W), block.window_size, block.shift_size, x.device)
-        compute = _pre_norm if hasattr(self.attn, "relative_position_bias_table") else _post_norm
-        return windows.join(compute(x, self, windows, num_keep, resolve("auto", "IdleWindowBlock")))
+    def images(self, tokens: Tensor) -> int:
+        return tokens.shape[0] // self.windows.count
 
-    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        block: Any = self._block[0]
-        block.set_input_size(*args, **kwargs)
-
-    def init_non_persistent_buffers(self) -> None:
-        block: Any = self._block[0]
-        block.init_non_persistent_buffers()
+    def zero_padding(self, normed: Tensor, indices: Tensor | None) -> Tensor:
+        """timm normalises before it pads, so padding is zero; the norm of zero is not."""
+        if self.windows.image is None:
+            return normed
+        image = self.windows.of_batch(self.windows.image, normed)
+        return normed * (image if indices is None else image.gather(1, indices))[..., None]
 
 
-def _pre_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: str) -> Tensor:
-    """V1: x + attn(norm1(x)), then x + mlp(norm2(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
-    attn = block.attn
-    tokens = windows.split(x)
-    norm1 = layer_norm_parameters(block.norm1)
-    table = attn.relative_position_bias_table  # [offsets, H]
+class Projected(NamedTuple):
+    """Queries and keys of all tokens [B * windows, M^2, H * head_dim]; values, if one module gave them all."""
 
-    # Padding is zero after the norm, which is not the norm of zero: then all tokens are normalised before the cut.
-    fused = norm1 is not None and not windows.padded and num_keep < tokens.shape[1]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not fused):
-        normed = windows.split(block.norm1(x)) if windows.padded else block.norm1(tokens)
-    indices, y = None, normed
-    if num_keep < tokens.shape[1]:
-        with torch.no_grad():
-            scores = _scores(attn, table, windows, _mean_logits(attn, windows, normed))
-        if fused and norm1 is not None:
-            indices, y = ops.select_gather_norm(tokens, scores, num_keep, 0, *norm1, backend=backend)
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+
+
+class WindowAttention:
+    """Swin's attention: relative position bias, and a mask between the regions of a shifted window."""
+
+    cut_reason = "the token cut loss is not defined for windows"
+
+    def __init__(self, module: Any, watch: Watch):
+        look = watch.value
+        self.module = module
+        watch.is_own(module)
+        self.watched = watch.is_watched(module)
+        self.heads = look(module, "num_heads")
+        self.qkv, self.proj = (find_linear(look(module, name), watch) for name in ("qkv", "proj"))
+        self.proj_drop = find_optional(look(module, "proj_drop"), watch)
+        softmax, drop = look(module, "softmax"), look(module, "attn_drop")
+        self.softmax = None if watch.is_plain(softmax, "Softmax") else softmax
+        plain_drop = watch.is_plain(drop, "Dropout")
+        self.drop = None if plain_drop else drop
+        self.dropout = (
+            look(drop, "p") or 0.0 if plain_drop and look(module, "training") and look(drop, "training") else 0.0
+        )
+        self._look(module, look)
+
+    def _look(self, module: Any, look: Callable[..., Any]) -> None:
+        fused = look(module, "fused_attn")
+        # PyTorch's fused attention, as timm calls it, has a scale of its own.
+        self.scale = None if fused else look(module, "scale")
+        for name in ("relative_position_bias_table", "relative_position_index"):
+            look(module, name)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.qkv.weight
+
+    def table(self) -> Tensor:
+        """Relative position bias by offset, [offsets, H]."""
+        return self.module.relative_position_bias_table
+
+    def front(self, scorer: str, context: Context) -> None:
+        return None
+
+    def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> None:
+        return None  # each region of a window has its own
+
+    def needs_all(self, context: Context) -> bool:
+        return self.qkv.weight is None
+
+    def prepare(self, normed: Tensor, context: Context) -> Projected:
+        return Projected(*self.qkv(normed).chunk(3, dim=2))
+
+    def scores(self, normed: Tensor, prepared: Projected | None, scorer: str, context: Any) -> Tensor:
+        windows, scale = context.windows, self._scale(normed)
+        if prepared is not None:
+            logits = windows.region_means(prepared.q * scale) @ prepared.k.transpose(1, 2)
         else:
-            indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
-            y = ops.gather_tokens(normed, indices, backend=backend)
+            assert self.qkv.weight is not None
+            query_weight, key_weight, _ = self.qkv.weight.chunk(3)
+            query_bias, key_bias, _ = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+            query = F.linear(windows.region_means(normed), query_weight, query_bias) * scale
+            logits = query @ key_weight @ normed.transpose(1, 2)
+            if key_bias is not None:  # the same for all tokens of a region, but regions of a window compete
+                logits = logits + (query @ key_bias)[..., None]
+        return self._biased(logits, windows)
 
-    query, key, value = linear(attn.qkv, y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
-    mask = _mask(attn, table, windows, indices, query)
-    branch = _attend(attn, query, key, value, mask, attn.scale)  # [B * windows, K, C]
-    return finish(tokens, indices, branch, block, x.shape[0], backend)
+    def _scale(self, normed: Tensor) -> float:
+        assert self.qkv.weight is not None or self.scale is not None
+        if self.scale is not None:
+            return self.scale
+        return self.module.scale
 
+    def _biased(self, logits: Tensor, windows: Windows) -> Tensor:
+        """Column mean of the biased logits, averaged over heads: [B * windows, regions, M^2] -> [B * windows, M^2].
 
-def _mean_logits(attn: Any, windows: Windows, normed: Tensor) -> Tensor:
-    """Logits of each region's mean query, summed over heads: [B * windows, M^2, C] -> [B * windows, regions, M^2]."""
-    if plain_linear(attn.qkv):
-        query_weight, key_weight, _ = attn.qkv.weight.chunk(3)
-        query_bias, key_bias, _ = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-        query = F.linear(windows.region_means(normed), query_weight, query_bias) * attn.scale
-        logits = query @ key_weight @ normed.transpose(1, 2)
-        # The same for all tokens of a region, but regions of a window compete.
-        return logits if key_bias is None else logits + (query @ key_bias)[..., None]
-    query, key, _ = attn.qkv(normed).chunk(3, dim=2)
-    return windows.region_means(query * attn.scale) @ key.transpose(1, 2)
+        ``logits`` are those of the mean queries, summed over heads; the bias is averaged in the same way.
+        """
+        acc = accumulate_dtype(logits.dtype)
+        bias = self.table().to(acc).mean(1)[self.module.relative_position_index]  # [M^2, M^2], row i biases query i
+        bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
+        by_image = logits.to(acc).unflatten(0, (-1, windows.count)) / self.heads
+        scores = windows.own_region((by_image + bias).flatten(0, 1))
+        if windows.image is not None:
+            scores = scores.masked_fill(~windows.of_batch(windows.image, scores), -math.inf)
+        return scores
 
+    def cut(self, *_: Any) -> Tensor:
+        raise TypeError(self.cut_reason)
 
-def _post_norm(x: Tensor, block: Any, windows: Windows, num_keep: int, backend: str) -> Tensor:
-    """V2: x + norm1(attn(x)), then x + norm2(mlp(x)). x [B, H, W, C] -> [B * windows, M^2, C]."""
-    attn = block.attn
-    tokens = windows.split(x)
-    table = 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads))  # [offsets, H]
+    def __call__(self, y: Tensor, context: Any) -> Tensor:
+        return self._in_module(y, context, self._attend)
 
-    qkv, width = attn.qkv, 2 * attn.dim
-    bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    if plain_linear(qkv):  # values are needed for kept tokens only
-        projected = dense.linear(tokens, qkv.weight[:width], None if bias is None else bias[:width])
-    else:
-        projected = qkv(tokens) if bias is None else qkv(tokens) + bias
-    query, key = projected[..., :width].unflatten(2, (2, attn.num_heads, -1)).unbind(2)  # [B * windows, M^2, H, d]
-    temperature = attn.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)  # [H, 1]
-    query, key = (F.normalize(query, dim=-1) * temperature).flatten(2), F.normalize(key, dim=-1).flatten(2)
-    indices = None
-    if num_keep < tokens.shape[1]:
-        with torch.no_grad():
-            scores = _scores(attn, table, windows, windows.region_means(query) @ key.transpose(1, 2))
-        indices = ops.select_tokens(scores, num_keep, 0, backend=backend)  # [B * windows, K]
-    kept, query, key = (gather(t, indices, backend) for t in (tokens, query, key))
-    if plain_linear(qkv):
-        value = dense.linear(kept, qkv.weight[width:], None if bias is None else bias[width:])
-    else:
-        value = gather(projected[..., width:], indices, backend)
+    def _attend(self, y: Tensor, context: Any) -> Tensor:
+        return self._out(*self.qkv(y).chunk(3, dim=2), context)
 
-    query, key, value = (t.unflatten(2, (attn.num_heads, -1)) for t in (query, key, value))
-    mask = _mask(attn, table, windows, indices, query)
-    branch = block.norm1(_attend(attn, query, key, value, mask, 1.0))  # [B * windows, K, C]
-    kept = kept + drop(block.drop_path1, branch, x.shape[0])
-    branch = drop(block.drop_path2, block.norm2(dense.mlp(block.mlp, kept, backend)), x.shape[0])
-    return scatter_add(tokens, indices, kept, branch, backend)
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+        def formula(y: Tensor, context: Any) -> Tensor:
+            q, k = (ops.gather_tokens(t, indices, backend=backend) for t in prepared[:2])
+            v = self._values(y) if prepared.v is None else ops.gather_tokens(prepared.v, indices, backend=backend)
+            return self._out(q, k, v, context)
 
+        return self._in_module(y, context, formula)
 
-def _scores(attn: Any, table: Tensor, windows: Windows, logits: Tensor) -> Tensor:
-    """Column mean of the biased logits, averaged over heads: [B * windows, regions, M^2] -> [B * windows, M^2].
+    def _in_module(self, y: Tensor, context: Any, formula: Callable[..., Tensor]) -> Tensor:
+        return through_hooks(self.module, formula, y, context) if self.watched else formula(y, context)
 
-    ``logits`` are those of the mean queries, summed over heads; the bias is averaged in the same way.
-    """
-    acc = accumulate_dtype(logits.dtype)
-    bias = table.to(acc).mean(1)[attn.relative_position_index]  # [M^2, M^2], row i biases the query i
-    bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
-    by_image = logits.to(acc).unflatten(0, (-1, windows.count)) / attn.num_heads
-    scores = windows.own_region((by_image + bias).flatten(0, 1))
-    if windows.image is not None:
-        scores = scores.masked_fill(~windows.of_batch(windows.image, scores), -math.inf)
-    return scores
+    def _values(self, y: Tensor) -> Tensor:
+        raise AssertionError("one module gives queries, keys and values")
 
+    def _out(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+        """[B * windows, K, H * head_dim] each -> [B * windows, K, C]."""
+        head_dim = q.shape[2] // self.heads
+        mask = self._mask(context.windows, context.indices, q)
+        q, k, v = (heads_apart(t, head_dim) for t in (q, k, v))
+        out = self.proj(attend(q, k, v, mask, self._attention_scale(), self.dropout, self.softmax, self.drop))
+        return out if self.proj_drop is None else self.proj_drop(out)
 
-def _mask(attn: Any, table: Tensor, windows: Windows, indices: Tensor | None, query: Tensor) -> Tensor:
-    """Relative position bias and mask of the kept tokens: [B * windows or 1, H, K, K] of the dtype of the queries."""
-    index, regions = attn.relative_position_index, windows.regions
-    if regions is not None:
-        regions = windows.of_batch(regions, query)  # [B * windows, M^2]
-    if indices is None:
-        index = index.unsqueeze(0)
-    else:
-        first = index[:, 0][indices]  # what i adds to index[i, j]; j takes off the same
-        index = first[:, :, None] - first[:, None, :] + index[0, 0]
-        regions = None if regions is None else regions.gather(1, indices)
-    mask = F.embedding(index, table.to(query.dtype)).permute(0, 3, 1, 2)
-    if regions is not None:
-        mask = mask + (regions[:, :, None] != regions[:, None, :]).unsqueeze(1) * _OUTSIDE
-    return mask
+    def _attention_scale(self) -> float | None:
+        return self.scale
+
+    def _mask(self, windows: Windows, indices: Tensor | None, query: Tensor) -> Tensor:
+        """Relative position bias and mask of the kept tokens: [B * windows or 1, H, K, K], dtype of the queries."""
+        index, regions = self.module.relative_position_index, windows.regions
+        if regions is not None:
+            regions = windows.of_batch(regions, query)  # [B * windows, M^2]
+        if indices is None:
+            index = index.unsqueeze(0)
+        else:
+            first = index[:, 0][indices]  # what i adds to index[i, j]; j takes off the same
+            index = first[:, :, None] - first[:, None, :] + index[0, 0]
+            regions = None if regions is None else regions.gather(1, indices)
+        mask = F.embedding(index, self.table().to(query.dtype)).permute(0, 3, 1, 2)
+        if regions is not None:
+            mask = mask + (regions[:, :, None] != regions[:, None, :]).unsqueeze(1) * _OUTSIDE
+        return mask
 
 
-def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query, key, value [B * windows, K, H, head_dim] -> [B * windows, K, C]."""
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    return attn.proj_drop(linear(attn.proj, out.transpose(1, 2).flatten(2)))
+class CosineWindowAttention(WindowAttention):
+    """Swin V2's: queries and keys of length 1, a temperature for each head, and a bias that an MLP computes."""
+
+    def _look(self, module: Any, look: Callable[..., Any]) -> None:
+        names = ("q_bias", "k_bias", "v_bias", "logit_scale", "relative_coords_table", "relative_position_index")
+        for name in (*names, "cpb_mlp"):
+            look(module, name)
+
+    def table(self) -> Tensor:
+        raw = self.module.cpb_mlp(self.module.relative_coords_table)
+        return 16 * torch.sigmoid(raw.view(-1, self.heads))
+
+    def needs_all(self, context: Context) -> bool:
+        return True
+
+    def _bias(self) -> Tensor | None:
+        module = self.module
+        return None if module.q_bias is None else torch.cat((module.q_bias, module.k_bias, module.v_bias))
+
+    def prepare(self, normed: Tensor, context: Context) -> Projected:
+        qkv, bias, v = self.qkv, self._bias(), None
+        if qkv.plain and qkv.weight is not None:  # values are needed for kept tokens only
+            width = 2 * (qkv.weight.shape[0] // 3)
+            q, k = linear(normed, qkv.weight[:width], None if bias is None else bias[:width]).chunk(2, dim=2)
+        else:
+            q, k, v = (qkv(normed) if bias is None else qkv(normed) + bias).chunk(3, dim=2)
+        temperature = self.module.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)  # [H, 1]
+        q, k = (F.normalize(t.unflatten(2, (self.heads, -1)), dim=-1) for t in (q, k))
+        return Projected((q * temperature).flatten(2), k.flatten(2), v)
+
+    def _values(self, y: Tensor) -> Tensor:
+        weight, bias = self.qkv.weight, self._bias()
+        assert weight is not None
+        width = 2 * (weight.shape[0] // 3)
+        return linear(y, weight[width:], None if bias is None else bias[width:])
+
+    def _attend(self, y: Tensor, context: Any) -> Tensor:
+        q, k, v = self.prepare(y, context)
+        return self._out(q, k, self._values(y) if v is None else v, context)
+
+    def _scale(self, normed: Tensor) -> float:
+        return 1.0
+
+    def _attention_scale(self) -> float | None:
+        return 1.0
+
+
+class WindowForm:
+    """Swin's block on a grid [B, H, W, C]: x + attn(norm1(x)), then x + mlp(norm2(x)), in windows."""
+
+    blocks: tuple[str, ...] = ("SwinTransformerBlock",)
+    sequence = False
+    attention_name, attention = "WindowAttention", WindowAttention
+
+    def why_unsupported(self, block: Any) -> str | None:
+        return why_no_attention(block.attn, self.attention_name)
+
+    def parts(self, block: Any, watch: Watch) -> Parts:
+        norm1, norm2 = (find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2"))
+        drops = (watch.value(block, f"drop_path{i}") for i in (1, 2))
+        return self._arrange(block, watch, norm1, norm2, *drops)
+
+    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
+        attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
+        branches = find_branch(watch, drop1), find_branch(watch, drop2)
+        return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
+
+    def context(self, block: Any) -> Context:
+        return Context.NOTHING
+
+    def arguments(self, context: Context) -> dict[str, Any]:
+        return {}
+
+    def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise value_error(type(block).__name__, "x", "a grid of tokens [B, H, W, C]", x)
+        windows = Windows((x.shape[1], x.shape[2]), block.window_size, block.shift_size, x.device)
+        return Entered(windows.split(x), WindowContext(windows=windows), windows.join)
+
+
+class PostNormWindowForm(WindowForm):
+    """Swin V2's block: x + norm1(attn(x)), then x + norm2(mlp(x)), in windows."""
+
+    blocks = ("SwinTransformerV2Block",)
+    attention_name, attention = "WindowAttentionV2", CosineWindowAttention
+
+    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
+        attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
+        branches = find_branch(watch, drop1, norm=norm1), find_branch(watch, drop2, norm=norm2)
+        return Parts(None, attention, branches[0], None, mlp, branches[1], watch, self)
+
+
+register_form(WindowForm())
+register_form(PostNormWindowForm())
 
 
 def _stages(model: nn.Module) -> list[Any]:
-    names = "SwinTransformerStage", "SwinTransformerV2Stage"
-    return [m for m in model.modules() if type(m).__name__ in names and type(m).__module__.startswith("timm.models.")]
-
-
-IDLE_BLOCK = IdleWindowBlock
+    kinds = tuple(k for k in map(library_class, ("SwinTransformerStage", "SwinTransformerV2Stage")) if k is not None)
+    return [m for m in model.modules() if type(m) in kinds]
 
 
 def find(model: Any) -> nn.Module | None:
     """The model itself if it is a SwinTransformer, of either version, or what ``features_only`` made of one."""
-    timm_swin = sys.modules.get("timm.models.swin_transformer")
-    if timm_swin is None:  # no timm model can exist
+    kinds = tuple(k for k in map(library_class, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
+    if not kinds:  # no timm model can exist
         return None
-    from timm.models.swin_transformer_v2 import SwinTransformerV2
-
-    if isinstance(model, (timm_swin.SwinTransformer, SwinTransformerV2)):
+    if isinstance(model, kinds):
         return model
     return model if type(model).__name__ in ("FeatureListNet", "FeatureDictNet") and _stages(model) else None
 
@@ -296,24 +410,3 @@ def num_prefix_tokens(model: nn.Module) -> int:
 
 def default_scorer(model: nn.Module) -> str:
     return "mean"
-
-
-def reasons(model: nn.Module) -> list[str]:
-    """Why this model cannot idle; empty if it can."""
-    from timm.models import swin_transformer, swin_transformer_v2
-
-    known = {
-        swin_transformer.SwinTransformerBlock: swin_transformer.WindowAttention,
-        swin_transformer_v2.SwinTransformerV2Block: swin_transformer_v2.WindowAttention,
-    }
-    found: dict[str, None] = {}  # ordered, once each
-    block: Any
-    for block in blocks(model):
-        if isinstance(block, IdleBlock):
-            continue
-        attention = known.get(type(block))
-        if attention is None:
-            found[f"its blocks are {type(block).__name__}, whose forward is not known"] = None
-        elif type(block.attn) is not attention:
-            found[f"its attention is {type(block.attn).__name__}, which is not timm's WindowAttention"] = None
-    return list(found)

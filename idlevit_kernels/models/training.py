@@ -59,8 +59,8 @@ class IdleViTForTraining(nn.Module):
         x, arguments = self._embed(model, images)
         token_cut, indices = [], []
         for block, kwargs in zip(self._blocks(model), arguments, strict=True):
-            if isinstance(block, IdleBlock) and block.keep_ratio < 1:
-                x, cut, kept = run(block, x, cut=self.cut, **kwargs)
+            if isinstance(block, IdleBlock) and block.idles:
+                x, kept, cut = run(block, x, return_cut=self.cut, **kwargs)
                 token_cut.append(cut)
                 indices.append(kept)
             else:

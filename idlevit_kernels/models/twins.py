@@ -17,86 +17,109 @@ Stages with R = 1 have ordinary attention, with keys of tokens: there idle token
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
-from ..backends import resolve
-from ..block import IdleBlock
+from ..block import scoring
+from ..block.attention import heads_apart
+from ..block.context import Context
+from ..block.linear import Linear
+from ..block.mlp import find_mlp
+from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
+from ..errors import value_error
 from ..reference.layer_norm import accumulate_dtype
-from ..schedule import num_kept
-from ..scoring import layer_norm_parameters
-from .grid import IdleGridBlock, finish, gather, linear, put_blocks
+from ..versions import library_class
+from .grid import attend, put_blocks, through_hooks, why_no_attention
 
 NAME = "timm Twins-PCPVT"
 
 
-class IdlePooledBlock(IdleGridBlock):
-    """A block with spatial-reduction attention that computes K tokens of the grid and lets the others idle.
+class PooledAttention:
+    """PVT's attention: keys and values of cells that a convolution pools; where there is none, of the tokens."""
 
-    Args:
-        block: timm's Twins block with GlobalSubSampleAttn.
-        keep_ratio, num_prefix_tokens, scorer: as in ``IdleGridBlock``; K = int(keep_ratio * H * W), at least 1.
+    cut_reason = "the token cut loss is not defined for pooled keys"
+
+    def __init__(self, module: Any, watch: Watch):
+        look = watch.value
+        self.module = module
+        watch.is_own(module)
+        self.watched = watch.is_watched(module)
+        self.heads = look(module, "num_heads")
+        self.q, self.kv, self.proj = (find_linear(look(module, name), watch) for name in ("q", "kv", "proj"))
+        self.pool, self.norm = look(module, "sr"), look(module, "norm")
+        for part in (self.pool, self.norm):
+            if part is not None:
+                watch.is_own(part), watch.is_watched(part)
+        self.scale = None if look(module, "fused_attn") else look(module, "scale")
+        drop = look(module, "attn_drop")
+        plain_drop = watch.is_plain(drop, "Dropout")
+        self.drop = None if plain_drop or look(module, "fused_attn") else drop
+        self.dropout = (look(drop, "p") or 0.0) if look(module, "training") and self.drop is None else 0.0
+        self.proj_drop = find_optional(look(module, "proj_drop"), watch)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.q.weight
+
+    def front(self, scorer: str, context: Context) -> None:
+        return None
+
+    def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
+        return None if self.pool is not None else scoring.direction(self.q, self._keys(), self.heads, queries())
+
+    def _keys(self) -> Linear:
+        assert self.kv.weight is not None
+        width = self.kv.weight.shape[0] // 2
+        return Linear(None, self.kv.weight[:width], None if self.kv.bias is None else self.kv.bias[:width], True)
+
+    def needs_all(self, context: Context) -> bool:
+        return self.pool is not None
+
+    def prepare(self, normed: Tensor, context: Context) -> Tensor:
+        """The whole grid is pooled, idle tokens included: [B, H * W, C] -> [B, cells, C]."""
+        assert self.pool is not None and context.grid is not None
+        return self.pool(normed.transpose(1, 2).unflatten(2, context.grid)).flatten(2).transpose(1, 2)
+
+    def scores(self, normed: Tensor, prepared: Tensor | None, scorer: str, context: Context) -> Tensor:
+        u = scoring.direction(self.q, self._keys(), self.heads, normed.mean(1))
+        if prepared is None or context.grid is None:
+            return (normed @ u.unsqueeze(2)).squeeze(2)
+        return shares(self.module, u, normed, prepared, context.grid)
+
+    def cut(self, *_: Any) -> Tensor:
+        raise TypeError(self.cut_reason)
+
+    def __call__(self, y: Tensor, context: Context) -> Tensor:
+        pooled = None if self.pool is None else self.prepare(y, context)
+        return self._in_module(y, pooled)
+
+    def among(self, y: Tensor, prepared: Tensor, indices: Tensor, context: Context, backend: str) -> Tensor:
+        return self._in_module(y, prepared)
+
+    def _in_module(self, y: Tensor, pooled: Tensor | None) -> Tensor:
+        return through_hooks(self.module, self._attend, y, pooled) if self.watched else self._attend(y, pooled)
+
+    def _attend(self, y: Tensor, pooled: Tensor | None) -> Tensor:
+        """y [B, K, C], pooled [B, cells, C] -> [B, K, C]."""
+        query = self.q(y)
+        key, value = self.kv(y if pooled is None else self.norm(pooled)).chunk(2, dim=2)
+        query, key, value = (heads_apart(t, y.shape[2] // self.heads) for t in (query, key, value))
+        out = self.proj(attend(query, key, value, None, self.scale, self.dropout, None, self.drop))
+        return out if self.proj_drop is None else self.proj_drop(out)
+
+
+def shares(attn: Any, direction: Tensor, normed: Tensor, pooled: Tensor, size: tuple[int, int]) -> Tensor:
+    """Each token's share of the mean logit of its cell: normed [B, H * W, C], pooled [B, cells, C] -> [B, H * W].
+
+    ``direction`` [B, C] is W_k^T of the mean query.
     """
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
-        """x [B, H * W, C] and (H, W) -> [B, H * W, C]."""
-        attn: Any = self.attn
-        attend = _own_keys if attn.sr is None else _pooled_keys
-        backend = resolve("auto", "IdlePooledBlock")
-        indices, branch = attend(x, size, self, num_kept(self.keep_ratio, x.shape[1]), backend)
-        return finish(x, indices, branch, self, x.shape[0], backend)
-
-
-def _pooled_keys(
-    x: Tensor, size: tuple[int, int], block: Any, num_keep: int, backend: str
-) -> tuple[Tensor | None, Tensor]:
-    """Indices of the kept tokens [B, K], None if all are, and their attention branch [B, K, C]."""
-    attn, indices = block.attn, None
-    normed = block.norm1(x)
-    pooled = attn.sr(normed.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)  # [B, cells, C]
-    if num_keep < x.shape[1]:
-        with torch.no_grad():
-            scores = _shares(attn, normed, pooled, size)
-        indices = ops.select_tokens(scores, num_keep, 0, backend=backend)
-    query = linear(attn.q, gather(normed, indices, backend))
-    return indices, _attend(attn, query, linear(attn.kv, attn.norm(pooled)))
-
-
-def _own_keys(
-    x: Tensor, size: tuple[int, int], block: Any, num_keep: int, backend: str
-) -> tuple[Tensor | None, Tensor]:
-    """``_pooled_keys`` where there is no pooling."""
-    attn, indices, norm = block.attn, None, layer_norm_parameters(block.norm1)
-    if num_keep == x.shape[1]:
-        y = block.norm1(x)
-    else:
-        with torch.no_grad():
-            normed = block.norm1(x)
-            scores = (normed @ _direction(attn, normed).unsqueeze(2)).squeeze(2)  # [B, N]
-        if norm is not None:
-            indices, y = ops.select_gather_norm(x, scores, num_keep, 0, *norm, backend=backend)
-        else:
-            indices = ops.select_tokens(scores, num_keep, 0, backend=backend)
-            y = block.norm1(gather(x, indices, backend))
-    return indices, _attend(attn, linear(attn.q, y), linear(attn.kv, y))
-
-
-def _direction(attn: Any, normed: Tensor) -> Tensor:
-    """W_k^T of the mean query: normed [B, N, C] -> [B, C]."""
-    query = F.linear(normed.mean(1), attn.q.weight, attn.q.bias)
-    return query @ attn.kv.weight[: attn.dim]
-
-
-def _shares(attn: Any, normed: Tensor, pooled: Tensor, size: tuple[int, int]) -> Tensor:
-    """Each token's share of the mean logit of its cell: normed [B, H * W, C], pooled [B, cells, C] -> [B, H * W]."""
     (H, W), R, C = size, attn.sr_ratio, attn.dim
     rows, columns = H // R, W // R
-    direction = _direction(attn, normed) * attn.norm.weight
+    direction = direction * attn.norm.weight
     direction = direction - direction.mean(1, keepdim=True)
     by_place = (direction @ attn.sr.weight.flatten(1)).view(-1, C, R, R).permute(0, 2, 3, 1)  # [B, R, R, C]
     cells = normed.unflatten(1, size)[:, : rows * R, : columns * R].unflatten(2, (columns, R)).unflatten(1, (rows, R))
@@ -109,28 +132,53 @@ def _shares(attn: Any, normed: Tensor, pooled: Tensor, size: tuple[int, int]) ->
     return F.pad(shares, (0, W - columns * R, 0, H - rows * R)).flatten(1)
 
 
-def _attend(attn: Any, query: Tensor, key_value: Tensor) -> Tensor:
-    """query [B, K, C], key_value [B, keys, 2C] -> [B, K, C]."""
-    query = query.unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-    key, value = key_value.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    return attn.proj_drop(linear(attn.proj, out.transpose(1, 2).flatten(2)))
+class PooledForm:
+    """Twins' block: x + attn(norm1(x), size), then x + mlp(norm2(x)); x [B, H * W, C]."""
+
+    blocks = ("TwinsBlock",)
+    sequence = False
+
+    def why_unsupported(self, block: Any) -> str | None:
+        kind = library_class("LocallyGroupedAttn")
+        if kind is not None and type(block.attn) is kind:
+            return "its attention is the locally grouped one of Twins-SVT (LocallyGroupedAttn), which is not supported"
+        reason = why_no_attention(block.attn, "GlobalSubSampleAttn")
+        if reason is None and not (isinstance(block.attn.q, nn.Linear) and isinstance(block.attn.kv, nn.Linear)):
+            return "its queries and keys are not projected by Linear layers"
+        return reason
+
+    def parts(self, block: Any, watch: Watch) -> Parts:
+        norm1, norm2 = (find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2"))
+        attention = PooledAttention(watch.value(block, "attn"), watch)
+        branches = [find_branch(watch, watch.value(block, f"drop_path{i}")) for i in (1, 2)]
+        return Parts(
+            norm1, attention, branches[0], norm2, find_mlp(watch.value(block, "mlp"), watch), branches[1], watch, self
+        )
+
+    def context(self, block: Any, size: tuple[int, int]) -> Context:
+        return Context(grid=(int(size[0]), int(size[1])))
+
+    def arguments(self, context: Context) -> dict[str, Any]:
+        return {"size": context.grid}
+
+    def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
+        grid = context.grid
+        if grid is None or (isinstance(x, Tensor) and x.dim() == 3 and grid[0] * grid[1] != x.shape[1]):
+            raise value_error(type(block).__name__, "context", "Context(grid=(H, W)) with H * W tokens", grid)
+        return Entered(x, context, None)
 
 
-IDLE_BLOCK = IdlePooledBlock
+register_form(PooledForm())
 
 
 def find(model: Any) -> nn.Module | None:
-    """The Twins model (itself, or what ``features_only`` wraps), or PVT v2, to be refused; None if there is none."""
-    timm_twins = sys.modules.get("timm.models.twins")
-    if timm_twins is None:  # no timm model can exist
+    """The Twins model (itself, or what ``features_only`` wraps); None if there is none."""
+    kind = library_class("Twins")
+    if kind is None:  # no timm model can exist
         return None
-    from timm.models.pvt_v2 import PyramidVisionTransformerV2
-
     if type(model).__name__ == "FeatureGetterNet":
         model = model.model
-    return model if isinstance(model, (timm_twins.Twins, PyramidVisionTransformerV2)) else None
+    return model if isinstance(model, kind) else None
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -147,27 +195,3 @@ def num_prefix_tokens(model: nn.Module) -> int:
 
 def default_scorer(model: nn.Module) -> str:
     return "mean"
-
-
-def reasons(model: nn.Module) -> list[str]:
-    """Why this model cannot idle; empty if it can."""
-    from timm.models.pvt_v2 import PyramidVisionTransformerV2
-    from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn
-
-    if isinstance(model, PyramidVisionTransformerV2):
-        return ["its MLP mixes neighbours by a depthwise convolution, so no token can be computed without those around"]
-    found: dict[str, None] = {}  # ordered, once each
-    block: Any
-    for block in blocks(model):
-        if isinstance(block, IdleBlock):
-            continue
-        attn = block.attn
-        if type(block) is not Block:
-            found[f"its blocks are {type(block).__name__}, whose forward is not known"] = None
-        elif type(attn) is LocallyGroupedAttn:
-            found["it is a Twins-SVT, whose locally grouped attention (LocallyGroupedAttn) is not supported"] = None
-        elif type(attn) is not GlobalSubSampleAttn:
-            found[f"its attention is {type(attn).__name__}, which is not timm's GlobalSubSampleAttn"] = None
-        elif not (isinstance(attn.q, nn.Linear) and isinstance(attn.kv, nn.Linear)):
-            found["its queries and keys are not projected by Linear layers"] = None
-    return list(found)

@@ -1,0 +1,274 @@
+"""Multi-head self-attention of timm and transformers, part by part, on whichever tokens it is given.
+
+A module whose formula is known and that nobody watches is written out; any other is called on the kept tokens. Its
+projections of queries and keys are read for the scores (see ``scoring``) and for the token cut loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from ..errors import describe
+from ..reference.layer_norm import accumulate_dtype
+from . import scoring
+from .context import Context
+from .linear import Linear, linear
+from .parts import Watch, find_linear, find_optional, plain_tensor
+
+
+class Projected(NamedTuple):
+    """Queries and keys of all tokens, [B, H, T, head_dim]; values, if the module that gives them all was called."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+
+
+def heads_apart(t: Tensor, head_dim: int) -> Tensor:
+    """[B, T, H * head_dim] -> [B, H, T, head_dim]."""
+    return t.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+def heads_together(t: Tensor) -> Tensor:
+    """[B, H, T, head_dim] -> [B, T, H * head_dim]."""
+    return t.transpose(1, 2).flatten(2)
+
+
+def check_branch(module: Any, out: Any, y: Tensor) -> Tensor:
+    """What a module returned for y [B, n, C], if it is such a tensor."""
+    if isinstance(out, Tensor) and out.shape == y.shape:
+        return out
+    got = describe(out) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    raise TypeError(
+        f"IdleBlock: {type(module).__name__} must return a tensor like its input, {describe(y)}, got {got}. Was it put"
+        " in place after apply_idle?"
+    )
+
+
+class SelfAttention:
+    """Attention with one projection ``qkv`` of queries, keys and values, or one each.
+
+    Args:
+        module: timm's Attention, AttentionRope or EvaAttention, or one that has their attributes.
+        watch: what reads it.
+        known: whether the module's formula is known, so that it may be written out where nobody watches.
+    """
+
+    def __init__(self, module: Any, watch: Watch, known: bool):
+        look = watch.value
+        self.module = module
+        watched = watch.is_watched(module)
+        self.written = known and not watched
+        self.cut_reason = "" if known else f"its attention is {type(module).__name__}, whose keys are not known"
+        self.heads: int = look(module, "num_heads")
+        self.rotate_half, self.num_prefix_tokens = look(module, "rotate_half"), look(module, "num_prefix_tokens")
+        self.fused, scale = bool(look(module, "fused_attn", True)), look(module, "scale")
+        # PyTorch's fused attention, as timm calls it, has a scale of its own.
+        self.scale: float | None = None if self.fused else scale
+        self.cut_scale: float | None = scale
+        training = look(module, "training")
+        drop = look(module, "attn_drop")
+        self.attn_drop, self.dropout = drop, 0.0
+        if drop is not None and self.fused:
+            self.attn_drop, self.dropout = None, (watch.value(drop, "p") or 0.0) if training else 0.0
+        elif drop is not None:
+            self.attn_drop = find_optional(drop, watch)
+        self.q_norm, self.k_norm, self.norm, self.proj_drop = (
+            find_optional(look(module, name), watch) for name in ("q_norm", "k_norm", "norm", "proj_drop")
+        )
+        gate, proj = look(module, "gate"), look(module, "proj")
+        self.gate = None if gate is None else find_linear(gate, watch)
+        self.proj = None if proj is None else find_linear(proj, watch)
+        self._find_projections(module, watch)
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        self.linear_keys = self.weight is not None and all(watch.is_a(norm, "Identity") for norm in norms)
+        if self.qkv is None:
+            self.linear_keys = self.linear_keys and self.separate[1].weight is not None
+
+    def _find_projections(self, module: Any, watch: Watch) -> None:
+        look, qkv = watch.value, watch.value(module, "qkv")
+        self.qkv: Linear | None = None if qkv is None else find_linear(qkv, watch)
+        self.biases: tuple[Tensor, ...] | None = None  # of queries, keys and values, where qkv has none (EVA)
+        self.separate: tuple[Linear, ...] = ()
+        if qkv is None:
+            self.separate = tuple(find_linear(look(module, name), watch) for name in ("q_proj", "k_proj", "v_proj"))
+            return
+        biases = tuple(look(module, name) for name in ("q_bias", "k_bias", "v_bias"))
+        if biases[0] is not None and all(plain_tensor(b) for b in biases):
+            self.biases = biases
+
+    # Nothing below keeps a view of a weight: it would stay behind where the weight gets other memory.
+
+    @property
+    def weight(self) -> Tensor | None:
+        """That of the first projection, if its formula is known."""
+        return (self.separate[0] if self.qkv is None else self.qkv).weight
+
+    def projections(self) -> tuple[Linear, ...]:
+        """Those of queries, keys and values, as they are now."""
+        if self.qkv is None:
+            return self.separate
+        assert self.qkv.weight is not None
+        width = self.qkv.weight.shape[0] // 3
+        bias = self.qkv.bias
+        biases = self.biases or ((None,) * 3 if bias is None else bias.split(width))
+        return tuple(Linear(None, w, b, True) for w, b in zip(self.qkv.weight.split(width), biases, strict=True))
+
+    # Attention itself
+
+    def __call__(self, y: Tensor, context: Context) -> Tensor:
+        if not self.written:
+            return self.call(y, context)
+        return self.out(self.attend(*self.project(y, context)), y)
+
+    def call(self, y: Tensor, context: Context) -> Tensor:
+        return check_branch(self.module, self.module(y, **context.arguments()), y)
+
+    def project(self, y: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B, n, C] -> queries, keys and values [B, H, n, head_dim]."""
+        if self.qkv is None:
+            q, k, v = self._apart(*(p(y) for p in self.separate))
+        else:
+            q, k, v = self._all_of(y).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return *self._turn(q, k, context), v
+
+    def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        head_dim = query.shape[2] // self.heads
+        return tuple(heads_apart(t, head_dim) for t in (query, *others))
+
+    def _all_of(self, y: Tensor) -> Tensor:
+        assert self.qkv is not None
+        if self.biases is None:
+            return self.qkv(y)
+        bias = torch.cat(self.biases)
+        if self.qkv.plain and self.qkv.weight is not None:
+            return linear(y, self.qkv.weight, bias)
+        return self.qkv.module(y) + bias
+
+    def _turn(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+        if context.rope is not None:
+            q, k = self.rotate(q, context.rope), self.rotate(k, context.rope)
+        return q, k
+
+    def rotate(self, t: Tensor, rope: Tensor) -> Tensor:
+        """Queries or keys [B, H, T, head_dim] after the rotary embedding; a class token alone is not rotated."""
+        return scoring.rotate(t, rope, self.num_prefix_tokens, self.rotate_half)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, n, head_dim] each -> [B, n, A]; several heads of queries may share one of keys and values."""
+        if k.shape[1] != q.shape[1]:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if self.attn_drop is None:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, scale=self.scale)
+        else:
+            assert self.scale is not None
+            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
+        return out.transpose(1, 2).flatten(2)
+
+    def out(self, attended: Tensor, y: Tensor) -> Tensor:
+        assert self.proj is not None
+        if self.norm is not None:
+            attended = self.norm(attended)
+        if self.gate is not None:
+            attended = attended * self.gate(y).sigmoid()
+        attended = self.proj(attended)
+        return attended if self.proj_drop is None else self.proj_drop(attended)
+
+    # What is wanted of all tokens
+
+    def needs_all(self, context: Context) -> bool:
+        rope = context.rope
+        return not self.linear_keys or (rope is not None and rope.dim() > 2 and rope.shape[-3] > 1)
+
+    def prepare(self, normed: Tensor, context: Context) -> Projected:
+        # An attention that is called as a whole calls its projections: then they are read here, if they can be.
+        if self.qkv is not None and (self.qkv.weight is None or (self.written and not self.qkv.plain)):
+            return Projected(*self.project(normed, context))
+        if self.qkv is None:
+            q, k = self._apart(*((p if self.written else p.read())(normed) for p in self.separate[:2]))
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias if self.biases is None else torch.cat(self.biases)
+            assert weight is not None
+            both = 2 * (weight.shape[0] // 3)
+            q_and_k = linear(normed, weight[:both], None if bias is None else bias[:both])
+            q, k = q_and_k.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return Projected(*self._turn(q, k, context), None)
+
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+        if not self.written:
+            return self.call(y, context)
+        # Heads together, each is a tensor of tokens, [B, T, A].
+        q, k = (ops.gather_tokens(heads_together(t), indices, backend=backend) for t in prepared[:2])
+        if prepared.v is None:
+            v = self.projections()[2](y)
+        else:
+            v = ops.gather_tokens(heads_together(prepared.v), indices, backend=backend)
+        head_dim = prepared.q.shape[3]
+        return self.out(self.attend(*(heads_apart(t, head_dim) for t in (q, k, v))), y)
+
+    # Scores
+
+    def front(self, scorer: str, context: Context) -> tuple[Tensor, Tensor | None] | None:
+        qkv = self.qkv
+        if (
+            scorer != "cls"
+            or context.rope is not None
+            or not self.linear_keys
+            or qkv is None
+            or self.biases is not None
+        ):
+            return None
+        return None if qkv.weight is None else (qkv.weight, qkv.bias)
+
+    def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
+        if context.rope is not None or not self.linear_keys:
+            return None
+        return scoring.direction(*self.projections()[:2], self.heads, queries())
+
+    def scores(self, normed: Tensor, prepared: Projected | None, scorer: str, context: Context) -> Tensor:
+        if prepared is not None:
+            return scoring.from_keys(prepared.q, prepared.k, scorer)
+        if context.rope is not None:
+            query, key, _ = self.projections()
+            turns = context.rope, self.num_prefix_tokens, self.rotate_half
+            return scoring.rotary(normed, query, key, self.heads, scorer, *turns)
+        queries = normed[:, 0] if scorer == "cls" else normed.mean(1)
+        u = scoring.direction(*self.projections()[:2], self.heads, queries)
+        acc = accumulate_dtype(normed.dtype)
+        return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
+
+    def cut(self, prepared: Projected, indices: Tensor, num_prefix_tokens: int, kind: str, backend: str) -> Tensor:
+        q, k = prepared.q, prepared.k
+        if k.shape[1] != q.shape[1]:  # several heads of queries share one of keys
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        assert self.cut_scale is not None
+        q, k, scale = heads_together(q), heads_together(k), self.cut_scale / self.heads
+        return ops.token_cut_loss(q, k, indices, scale, num_prefix_tokens, kind, backend=backend)[0]
+
+
+_KNOWN = ("Attention", "AttentionRope", "EvaAttention")
+
+
+def find_attention(module: Any, watch: Watch) -> SelfAttention:
+    """timm's attention, or one swapped in that has its attributes; ``why_no_keys`` says which."""
+    return SelfAttention(module, watch, watch.is_a(module, *_KNOWN))
+
+
+def why_no_keys(attn: Any) -> str | None:
+    """Why an attention cannot be scored: which of the attributes that are read it lacks; None if it has them."""
+    names = ["num_heads"]
+    if getattr(attn, "qkv", None) is None:
+        names += ["q_proj", "k_proj"] if hasattr(attn, "q_proj") else ["qkv"]
+    missing = [name for name in names if getattr(attn, name, None) is None]
+    return f"its attention, {type(attn).__name__}, has no {', '.join(missing)}" if missing else None

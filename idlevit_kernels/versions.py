@@ -1,0 +1,487 @@
+"""Every private name of torch, timm, transformers and Triton that the package uses, each with what stands in for it.
+
+A private name may vanish in any release. So each is looked for once, here, and where it is missing the public way is
+taken: slower, never wrong. Then one line of the log says so, and ``report()`` lists it, which ``idlevit info`` prints.
+Nothing private is used anywhere else (a test searches for it).
+
+Only torch is imported. The classes of timm and transformers are looked up among the modules that are loaded already: a
+model of a library that nobody imported cannot exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_logger = logging.getLogger("idlevit_kernels")
+T = TypeVar("T")
+
+
+class Gate(NamedTuple):
+    """One thing that is used where this machine's versions have it.
+
+    Attributes:
+        name: what it is for.
+        available: whether it is used.
+        detail: the private name, or why it is not used and what is done instead.
+    """
+
+    name: str
+    available: bool
+    detail: str
+
+
+_gates: list[Gate] = []
+
+
+@functools.cache  # one line for each
+def _log_lost(name: str, detail: str) -> None:
+    _logger.warning("a fast path is off: %s: %s", name, detail)
+
+
+def _probe(name: str, private: str, find: Callable[[], T], fallback: T, instead: str) -> T:
+    """What ``find`` returns; the fallback where a name that it needs is missing."""
+    try:
+        found = find()
+    except (AttributeError, ImportError):
+        detail = f"torch {torch.__version__} has no {private}; {instead}"
+        _gates.append(Gate(name, False, detail))
+        _log_lost(name, detail)
+        return fallback
+    _gates.append(Gate(name, True, private))
+    return found
+
+
+def _always() -> bool:
+    return True
+
+
+def _never() -> bool:
+    return False
+
+
+# Who watches or changes a call. Where torch does not tell, the answer is the one that keeps the ordinary path.
+
+
+def _find_any_global_hook() -> Callable[[], bool]:
+    from torch.nn.modules.module import _has_any_global_hook
+
+    return _has_any_global_hook
+
+
+any_global_module_hook: Callable[[], bool] = _probe(
+    "global module hooks",
+    "torch.nn.modules.module._has_any_global_hook",
+    _find_any_global_hook,
+    _always,
+    "modules are called as they are, in case a hook on all modules watches them",
+)
+"""Whether a hook on every module is registered (``register_module_forward_hook`` and its like); since torch 2.0.
+Fallback: True."""
+
+
+def _find_ordinary_dispatch() -> Callable[[], bool]:
+    from torch._C import DispatchKey, DispatchKeySet, _dispatch_tls_local_include_set, _is_any_autocast_enabled
+    from torch.autograd import _profiler_enabled
+
+    # What the dispatcher of every thread includes while gradients are off: in inference mode, and under no_grad.
+    inference = DispatchKeySet(DispatchKey.BackendSelect)
+    ordinary = {inference.raw_repr(), inference.add(DispatchKey.ADInplaceOrView).raw_repr()}
+
+    def ordinary_dispatch() -> bool:
+        return (
+            not _is_any_autocast_enabled()
+            and not _profiler_enabled()
+            and _dispatch_tls_local_include_set().raw_repr() in ordinary
+        )
+
+    return ordinary_dispatch
+
+
+ordinary_dispatch: Callable[[], bool] = _probe(
+    "calls past the dispatcher",
+    "torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled, torch.autograd._profiler_enabled",
+    _find_ordinary_dispatch,
+    _never,
+    "every op goes through torch's dispatcher",
+)
+"""Whether torch's dispatcher has nothing to do for a plain tensor without gradients but to find the kernel: no
+transform, tracer, dispatch mode, autocast or profiler in this thread. Since torch 2.1. Fallback: False."""
+
+
+_plain_tensor = torch.empty(0)
+
+
+def function_mode_active() -> bool:
+    """Whether a ``TorchFunctionMode`` sees the calls of this thread, as under ``torch.set_default_device``.
+
+    ``torch.overrides.has_torch_function`` is public, and true of a plain tensor only then.
+    """
+    return torch.overrides.has_torch_function((_plain_tensor,))
+
+
+def _find_functorch_level() -> Callable[[], bool]:
+    from torch._C._functorch import maybe_current_level
+
+    return lambda: maybe_current_level() is not None
+
+
+functorch_active: Callable[[], bool] = _probe(
+    "transforms of torch.func",
+    "torch._C._functorch.maybe_current_level",
+    _find_functorch_level,
+    _always,
+    "every op is taken for one under a transform",
+)
+"""Whether a transform of ``torch.func`` (grad, vjp, jvp, vmap) runs in this thread; since torch 2.0. Fallback: True."""
+
+
+def _find_forward_ad_level() -> Callable[[], bool]:
+    from torch.autograd import forward_ad
+
+    forward_ad._current_level  # noqa: B018 (it is looked for)
+    return lambda: forward_ad._current_level >= 0
+
+
+forward_ad_active: Callable[[], bool] = _probe(
+    "forward-mode differentiation",
+    "torch.autograd.forward_ad._current_level",
+    _find_forward_ad_level,
+    _always,
+    "every tensor is asked for its tangent",
+)
+"""Whether a ``torch.autograd.forward_ad.dual_level`` is entered, so that tensors may carry tangents; since torch 1.11.
+Fallback: True; then ``has_tangent`` decides, which asks each tensor."""
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of the tensors carries a tangent of forward-mode differentiation; by the public ``unpack_dual``."""
+    if not forward_ad_active():
+        return False
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+
+# What nn.Module keeps about its hooks.
+
+_WATCHING = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOW_TO_CALL = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+def _find_hook_dictionaries() -> Callable[[nn.Module], bool]:
+    missing = [name for name in _WATCHING if name not in vars(nn.Module())]
+    if missing:
+        raise AttributeError(missing)
+
+    def has_hooks(module: nn.Module) -> bool:
+        return bool(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+
+    return has_hooks
+
+
+_assume_hooks: Callable[[nn.Module], bool] = lambda module: True  # noqa: E731 (typed, as the checker wants it)
+
+has_hooks: Callable[[nn.Module], bool] = _probe(
+    "hooks of a module",
+    "torch.nn.Module's " + ", ".join(_WATCHING),
+    _find_hook_dictionaries,
+    _assume_hooks,
+    "modules are called as they are, in case hooks watch them",
+)
+"""Whether a forward or backward hook is registered on this very module; all four since torch 2.0. Fallback: True."""
+
+HOOKS = tuple(name for name in _WATCHING + _HOW_TO_CALL if name in vars(nn.Module()))
+"""The attributes by which ``nn.Module`` keeps its hooks and how they want to be called, those that this torch has. A
+module that takes another's place takes over these dictionaries. Fallback: those that are missing are not taken over."""
+
+WATCHING_HOOKS = tuple(name for name in _WATCHING if name in HOOKS)
+"""Those of HOOKS that are not empty when somebody watches the module's calls."""
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: then its ``__call__`` runs something else than its ``forward``.
+
+    The attribute ``_compiled_call_impl`` exists since torch 2.2; without it no module can be compiled so.
+    """
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# oneDNN, which F.linear does not call for float32. Found by a call, as a build or a processor may refuse it.
+
+
+def _call_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], algorithm)
+
+
+def _call_pack(weight: Tensor, rows: int) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight, rows)
+
+
+def _refusal(call: Callable[[], Tensor], expected: Tensor) -> str:
+    """Why the call does not give what is expected; "" if it does."""
+    if not torch.backends.mkldnn.is_available():
+        return "this build of PyTorch has no oneDNN"
+    try:
+        found = call()
+    except (AttributeError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        return f"in torch {torch.__version__}: {str(error).splitlines()[0].partition('. ')[0]}"
+    right = torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    return "" if right else f"in torch {torch.__version__} it returns a wrong product"
+
+
+@functools.cache
+def _onednn_reasons() -> tuple[str, str]:
+    """Why not the linear layer, why not with packed weights."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x, weight = torch.randn(2, 16), torch.randn(32, 16)
+        expected = x @ weight.T
+        plain = _refusal(lambda: _call_linear(x, weight, None, "none", ""), expected)
+        packed = plain or _refusal(lambda: _call_linear(x, _call_pack(weight, 2), None, "none", ""), expected)
+    if torch.backends.mkldnn.is_available():  # where it is not, that is the build's choice and nothing is lost
+        for name, reason in (("oneDNN's linear layer", plain), ("packed weights of oneDNN", packed)):
+            if reason:
+                _log_lost(name, f"{reason}; F.linear is called")
+    return plain, packed
+
+
+def onednn_reason() -> str:
+    """Why ``onednn_linear`` is not to be called (``F.linear`` is, then); "" where it works."""
+    return _onednn_reasons()[0]
+
+
+def onednn_pack_reason() -> str:
+    """Why ``onednn_pack`` is not to be called (weights stay as they are, then); "" where it works."""
+    return _onednn_reasons()[1]
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    """``F.linear`` by oneDNN, with ``F.gelu(approximate=gelu)`` within the same call if gelu is "none" or "tanh".
+
+    float32 on a CPU without gradients; the weight is an ordinary one or one from ``onednn_pack``. The op
+    ``torch.ops.mkldnn._linear_pointwise`` is inductor's, since torch 2.0.
+    """
+    if gelu is None:
+        return _call_linear(x, weight, bias, "none", "")
+    return _call_linear(x, weight, bias, "gelu", gelu)
+
+
+def onednn_pack(weight: Tensor, rows: int) -> Tensor:
+    """A weight [out, in] in the order that oneDNN likes best for inputs of ``rows`` rows; any number of rows works.
+
+    Such a tensor cannot be copied, pickled or saved. The op ``torch.ops.mkldnn._reorder_linear_weight`` is inductor's,
+    since torch 2.0.
+    """
+    return _call_pack(weight, rows)
+
+
+# CUDA
+
+
+_public_stream: Callable[[int], int] = lambda device: torch.cuda.current_stream(device).cuda_stream  # noqa: E731
+
+cuda_stream: Callable[[int], int] = (
+    _public_stream
+    if torch.version.cuda is None  # then the private name is missing for that reason, and no call can come
+    else _probe(
+        "current CUDA stream",
+        "torch._C._cuda_getCurrentRawStream",
+        lambda: torch._C._cuda_getCurrentRawStream,
+        _public_stream,
+        "torch.cuda.current_stream is asked, some microseconds a launch",
+    )
+)
+"""The address of the current stream of the CUDA device with this index. The private function makes no Stream object;
+since torch 1.8. Fallback: ``torch.cuda.current_stream``."""
+
+
+# The FLOP counter
+
+
+def count_flops(op: Any, formula: Callable[..., int]) -> None:
+    """Tells torch's FLOP counter what a call of the op costs, unless it knows.
+
+    ``register_flop_formula`` is public and refuses an op that it knows, with a RuntimeError. Not at import: the
+    counter's module imports triton.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    try:
+        register_flop_formula(op)(formula)
+    except RuntimeError as error:
+        if "duplicate" not in str(error):
+            raise
+
+
+def cpu_attention_ops() -> tuple[Any, Any] | None:
+    """The ops that ``F.scaled_dot_product_attention`` runs on a CPU, forward and backward; for the FLOP counter.
+
+    Fallback: None, then their products are not counted, unless the counter knows their successors.
+    """
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    forward, backward = (getattr(torch.ops.aten, name + suffix, None) for suffix in ("", "_backward"))
+    return None if forward is None or backward is None else (forward, backward)
+
+
+# Triton
+
+
+class Triton(NamedTuple):
+    """What compiles and records kernels without a GPU; private, as Triton has no stable interface for it.
+
+    Attributes:
+        jit_function: class of a kernel; its ``run`` is what ``kernel[grid](...)`` calls.
+        ast_source, gpu_target: what ``triton.compile`` takes.
+        cuobjdump: path of the tool in Triton's wheel that prints a kernel's registers and stack.
+    """
+
+    jit_function: Any
+    ast_source: Any
+    gpu_target: Any
+    cuobjdump: str
+
+
+@functools.cache
+def triton_compiler() -> Triton:
+    """Imports Triton. Raises ImportError, which says what is missing, where it or one of these names is not there.
+
+    ``knobs`` exist since Triton 3.4, the others since 3.0. Nothing that runs a model needs them.
+    """
+    import triton
+
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime import JITFunction
+
+        if not callable(JITFunction.run):
+            raise AttributeError("triton.runtime.JITFunction.run is no function")
+        return Triton(JITFunction, ASTSource, GPUTarget, triton.knobs.nvidia.cuobjdump.path)
+    except (AttributeError, ImportError) as error:
+        raise ImportError(f"triton {triton.__version__} is laid out otherwise than is known here: {error}") from error
+
+
+# Classes of timm and transformers whose formula is known, hence that may be replaced by it. A name, and the modules
+# that have or had the class: the public one first, through which a class can move without notice.
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "Attention": ("timm.layers", "timm.models.vision_transformer"),
+    "AttentionRope": ("timm.layers",),
+    "DropPath": ("timm.layers",),
+    "EvaAttention": ("timm.models.eva",),
+    "EvaBlock": ("timm.models.eva",),
+    "GluMlp": ("timm.layers",),
+    "LayerNorm": ("timm.layers",),
+    "LayerNormFp32": ("timm.layers",),
+    "LayerScale": ("timm.layers", "timm.models.vision_transformer"),
+    "Mlp": ("timm.layers",),
+    "SwiGLU": ("timm.layers",),
+    "VisionTransformer": ("timm.models.vision_transformer",),
+    "Block": ("timm.models.vision_transformer",),
+    "SwinTransformerBlock": ("timm.models.swin_transformer",),
+    "WindowAttention": ("timm.models.swin_transformer",),
+    "SwinTransformerV2Block": ("timm.models.swin_transformer_v2",),
+    "WindowAttentionV2": ("timm.models.swin_transformer_v2",),
+    "GlobalSubSampleAttn": ("timm.models.twins",),
+    "TwinsBlock": ("timm.models.twins",),
+    "ViTLayer": ("transformers.models.vit.modeling_vit",),
+    "DeiTLayer": ("transformers.models.deit.modeling_deit",),
+    "Dinov2Layer": ("transformers.models.dinov2.modeling_dinov2",),
+    "Dinov2WithRegistersLayer": ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",),
+    "PreTrainedModel": ("transformers.modeling_utils",),
+}
+# Two classes of one name: what the second is called there.
+_NAME_THERE = {"WindowAttentionV2": "WindowAttention", "TwinsBlock": "Block"}
+
+_classes: dict[str, type] = {}
+
+
+def library_class(name: str) -> type | None:
+    """The class of timm or transformers that CLASSES lists; None where its library is not loaded or has it no more.
+
+    Imports nothing. Where its module is loaded and the class is not in it, one line of the log says so.
+    """
+    found = _classes.get(name)
+    if found is not None:
+        return found
+    loaded = [sys.modules[home] for home in CLASSES[name] if home in sys.modules]
+    for home in loaded:
+        kind = getattr(home, _NAME_THERE.get(name, name), None)
+        if isinstance(kind, type):
+            _classes[name] = kind
+            return kind
+    if loaded:
+        _log_lost(*_lost_class(name))
+    return None
+
+
+def is_exactly(module: Any, *names: str) -> bool:
+    """Whether the module is an instance of one of these classes of CLASSES, and not of a subclass of it."""
+    kind = type(module)
+    return any(kind is library_class(name) for name in names)
+
+
+def _lost_class(name: str) -> tuple[str, str]:
+    library = CLASSES[name][0].partition(".")[0]
+    there = _NAME_THERE.get(name, name)
+    return (
+        f"{library}'s {there}",
+        f"{library} {installed(library)} has none in {' or '.join(CLASSES[name])}; modules are called as they are",
+    )
+
+
+def installed(distribution: str) -> str | None:
+    """Its version; None if it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+# What is on
+
+
+def report() -> list[Gate]:
+    """Every gate, for ``idlevit info``. Imports timm, transformers and Triton where they are installed."""
+    found = list(_gates)
+    for name, reason, private in (
+        ("oneDNN's linear layer", onednn_reason(), "_linear_pointwise"),
+        ("packed weights of oneDNN", onednn_pack_reason(), "_reorder_linear_weight"),
+    ):
+        detail = f"{reason}; F.linear is called" if reason else f"torch.ops.mkldnn.{private}"
+        found.append(Gate(name, not reason, detail))
+    if torch.version.cuda is None:
+        found.append(Gate("current CUDA stream", False, "this PyTorch is built without CUDA"))
+    try:
+        triton_compiler()
+        found.append(Gate("Triton's compiler without a GPU", True, f"triton {installed('triton')}"))
+    except ImportError as error:
+        found.append(Gate("Triton's compiler without a GPU", False, str(error)))
+    return [*found, *(_library_gate(library) for library in ("timm", "transformers"))]
+
+
+def _library_gate(library: str) -> Gate:
+    names = [name for name, homes in CLASSES.items() if homes[0].startswith(library + ".")]
+    what = f"classes of {library} that are known"
+    if importlib.util.find_spec(library) is None:
+        return Gate(what, False, f"{library} is not installed")
+    for home in {home for name in names for home in CLASSES[name]}:
+        try:
+            importlib.import_module(home)
+        except ImportError:
+            continue  # then the classes are missing, which is told below
+    missing = [_NAME_THERE.get(name, name) for name in names if library_class(name) is None]
+    if missing:
+        gone = ", ".join(missing)
+        return Gate(what, False, f"{library} {installed(library)} has no {gone} where it was; modules are called")
+    return Gate(what, True, f"all {len(names)}, in {library} {installed(library)}")

@@ -301,6 +301,33 @@ def test_triton_laid_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
         versions.triton_compiler.cache_clear()
 
 
+def test_the_limit_of_compilations() -> None:
+    def compilations(limit: int) -> int:
+        count = 0
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return graph.forward
+
+        torch._dynamo.reset()
+        function = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+        with versions.recompile_limit(limit):
+            for size in range(2, 8):
+                function(torch.zeros(size))
+        torch._dynamo.reset()
+        return count
+
+    assert compilations(2) == 2 and compilations(4) == 4
+
+
+def test_a_missing_cpp_compiler_is_told() -> None:
+    import torch._inductor.config
+
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert versions.missing_cpp_compiler() is not None
+
+
 @pytest.fixture
 def fresh_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_classes", {})
@@ -334,8 +361,40 @@ def test_a_class_that_is_gone_is_told_once(
     assert record.getMessage().startswith(
         f"a fast path is off: timm's DropPath: timm {timm.__version__} has none in timm.l"
     )
-    gate = next(gate for gate in versions.report() if gate.name == "classes of timm that are known")
+    gate = next(gate for gate in versions.report() if gate.name == "formulas of timm's modules")
     assert not gate.available and "DropPath" in gate.detail
+
+
+def test_the_forwards_of_this_timm_are_known() -> None:
+    versions.report()  # imports all of them
+    for name in versions._READS:
+        kind = versions.library_class(name)
+        assert kind is not None and versions.changed_forward(kind, name) == ""
+
+
+def test_a_forward_that_learnt_something_is_told_once(
+    fresh_classes: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from timm.layers import Attention
+
+    attention = Attention(8, num_heads=2)
+    assert versions.is_exactly(attention, "Attention")
+    forward = Attention.forward
+
+    def with_sinks(self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        heads = [self.sinks for _ in range(2)]  # within a comprehension, whose code is its own before Python 3.12
+        return forward(self, x, attn_mask) + heads[0]
+
+    with caplog.at_level(logging.WARNING, "idlevit_kernels"):
+        monkeypatch.setattr(Attention, "forward", with_sinks)
+        assert not versions.is_exactly(attention, "Attention") and not versions.is_exactly(attention, "Attention")
+        (record,) = caplog.records
+        assert record.getMessage().startswith("a fast path is off: timm's Attention: in timm ")
+        assert "sinks" in record.getMessage()
+        gate = next(gate for gate in versions.report() if gate.name == "formulas of timm's modules")
+        assert not gate.available and "Attention" in gate.detail and "sinks" in gate.detail
+    monkeypatch.undo()
+    assert versions.is_exactly(attention, "Attention")
 
 
 def test_a_library_that_is_not_loaded_is_not_imported(
@@ -351,5 +410,5 @@ def test_a_library_that_is_not_loaded_is_not_imported(
 def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find_spec(name))
-    gate = next(gate for gate in versions.report() if gate.name == "classes of transformers that are known")
-    assert gate == ("classes of transformers that are known", False, "transformers is not installed")
+    gate = next(gate for gate in versions.report() if gate.name == "layers of transformers")
+    assert gate == ("layers of transformers", False, "transformers is not installed")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...reference import cls_direction  # two small matrix products: PyTorch's library has those
 
 try:
-    from triton.runtime import JITFunction
+    from triton import JITFunction
 
     from .gather import gather_add_norm, gather_tokens
     from .norm_backward import gather_norm_backward

@@ -17,6 +17,8 @@ import importlib.util
 import inspect
 import logging
 import os
+import platform
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -27,6 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_map_only as tree_map_only
+
+FLOORS = {
+    "Python": "3.10",
+    "torch": "2.9.1",
+    "timm": "1.0.24",
+    "triton": "3.5.1",
+    "transformers": "4.57.6",
+    "numpy": "1.26.4",
+}
+"""The oldest versions that the tests are run on, those of pyproject.toml (``tests/matrix.sh`` runs them)."""
 
 _logger = logging.getLogger("idlevit_kernels")
 T = TypeVar("T")
@@ -291,6 +303,11 @@ def onednn_pack(weight: Tensor, rows: int) -> Tensor:
     return _call_pack(weight, rows)
 
 
+def onednn_linear_op() -> Any:
+    """The op that ``onednn_linear`` calls, for the FLOP counter; None where this torch has none."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
 # CUDA
 
 
@@ -552,6 +569,22 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def libraries() -> dict[str, dict[str, Any]]:
+    """What is installed of FLOORS, the floor, and whether it is older than that, which nobody has tested."""
+    known = {"Python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {name: known.get(name) or installed(name) for name in FLOORS}
+    return {
+        name: {"installed": has, "floor": FLOORS[name], "too_old": bool(has) and _numbers(has) < _numbers(FLOORS[name])}
+        for name, has in found.items()
+    }
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    """(2, 9, 1) of "2.9.1+cu128" and of "2.9.1rc2"."""
+    digits = re.match(r"\d+(\.\d+)*", version or "")
+    return tuple(map(int, digits[0].split("."))) if digits else ()
 
 
 # What is on

@@ -85,12 +85,24 @@ make() {
   touch "$environment/complete"
 }
 
+# install ENVIRONMENT: the package as it lies here, with the native extension for this Python, unless that is done.
+install() {
+  local built
+  built=$1/built-$({ pwd; cat setup.py CMakeLists.txt pyproject.toml; find csrc -type f | sort | xargs cat; } |
+    sha256sum | cut -c1-12)
+  local suffix
+  suffix=$("$1/bin/python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+  [[ -e $built && -e idlevit_kernels/_C$suffix ]] && return
+  "$1/bin/python" -m pip install -q --no-deps -e .
+  touch "$built"
+}
+
 # run NAME: every file of tests in a process of its own, so that one that crashes or hangs is one failure.
 run() {
   local environment=$folder/$1 out=$results/$1 selected="not full" file name
   [[ $1 == mixed ]] && selected="not full and not slow"
   mkdir -p "$out"
-  "$environment/bin/python" -m pip install -q --no-deps -e . # the native extension, for this Python
+  install "$environment"
   "$environment/bin/python" tests/matrix_summary.py versions >"$out/versions"
   for file in tests/test_*.py; do
     name=$(basename "$file" .py)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,19 @@ print([g.name for g in versions._gates if not g.available])
 def _without(removal: str, check: str = "") -> subprocess.CompletedProcess[str]:
     script = _SCRIPT.format(removal=removal, path=versions.__file__, check=check)
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+
+
+def test_floors_are_those_of_pyproject() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    floors = dict(re.findall(r'"(\w+)>=([\d.]+)["; ]', text)) | {
+        "Python": text.partition('requires-python = ">=')[2][:4]
+    }
+    assert versions.FLOORS == {name: floors[name] for name in versions.FLOORS}
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert versions._numbers("2.10.0+cu128") > versions._numbers("2.9.1") == (2, 9, 1)
+    assert versions._numbers("2.15.0a0+git1") == (2, 15, 0) and versions._numbers("unknown") == ()
 
 
 @pytest.mark.parametrize(

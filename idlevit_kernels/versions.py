@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 FLOORS = {
     "Python": "3.10",
     "torch": "2.9.1",
-    "timm": "1.0.24",
+    "timm": "1.0.26",
     "triton": "3.5.1",
     "transformers": "4.57.6",
     "numpy": "1.26.4",
@@ -366,7 +366,7 @@ def cpu_attention_ops() -> tuple[Any, Any] | None:
 def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
     """Within it, ``torch.compile`` compiles one function so many times before it gives up.
 
-    ``torch.compiler.config`` is public and has the limit since torch 2.10; before, ``torch._dynamo.config`` has it.
+    ``torch.compiler.config`` is public and has the limit in torch 2.11, not in 2.9: there ``torch._dynamo.config`` has.
     """
     config: Any = torch.compiler.config
     if not hasattr(config, "recompile_limit"):
@@ -417,6 +417,17 @@ class Triton(NamedTuple):
     ast_source: Any
     gpu_target: Any
     cuobjdump: str
+
+
+def triton_interpreter_reason() -> str | None:
+    """Why Triton's interpreter would fail on a loop whose bound is an argument; None where it works.
+
+    Before Triton 3.7 it turns an array of one element into an integer, which NumPy 2.4 refuses.
+    """
+    triton, numpy = installed("triton"), installed("numpy")
+    if numpy is None or _numbers(numpy) < (2, 4) or _numbers(triton) >= (3, 7):
+        return None
+    return f"the interpreter of triton {triton} fails with NumPy 2.4 and newer; install triton>=3.7 or numpy<2.4"
 
 
 @functools.cache
@@ -482,6 +493,8 @@ _ATTENTION = (
 _ROTARY = "apply_rot_embed_cat cat getattr k_proj num_prefix_tokens q_proj torch type_as v_proj"
 _BLOCK = "attn drop_path1 drop_path2 mlp norm1 norm2"
 _WINDOWS = "attn_drop num_heads permute proj proj_drop qkv reshape shape softmax torch transpose unbind unsqueeze view"
+_VIT_LAYER = "attention dropout intermediate layernorm_after layernorm_before mlp output"
+_DINOV2_LAYER = "attention drop_path layer_scale1 layer_scale2 mlp norm1 norm2"
 _READS = {
     "Attention": _ATTENTION,
     "AttentionRope": f"{_ATTENTION} {_ROTARY} num_kv_groups num_kv_heads repeat_interleave",
@@ -505,6 +518,10 @@ _READS = {
     "GlobalSubSampleAttn": "attn_drop functional fused_attn kv nn norm num_heads p permute proj proj_drop q reshape"
     " scale scaled_dot_product_attention shape softmax sr torch training transpose unbind",
     "TwinsBlock": _BLOCK,
+    "ViTLayer": _VIT_LAYER,
+    "DeiTLayer": _VIT_LAYER,
+    "Dinov2Layer": _DINOV2_LAYER,
+    "Dinov2WithRegistersLayer": _DINOV2_LAYER,
 }
 
 _classes: dict[str, type] = {}

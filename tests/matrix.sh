@@ -7,7 +7,8 @@
 # newest: the newest Python on this machine, and the newest of everything; the whole suite.
 # mixed:  as newest, with the floors of timm and transformers; the tests that are not marked slow.
 #
-# IDLEVIT_MATRIX is the folder of the environments (build/matrix); each takes some 7 GB, mixed a few MB beside newest.
+# IDLEVIT_MATRIX is the folder of the environments (build/matrix); each takes some 7 GB, mixed some 60 MB beside newest.
+# IDLEVIT_MATRIX_FILES names the files of tests (all), IDLEVIT_MATRIX_TIMEOUT the seconds that one may take (1800).
 # An environment that is there is used again, and a file of tests that has run on this very state of the tree is not run
 # again. A run's table is in IDLEVIT_MATRIX/summary-STATE.md, each file's output beside it.
 set -euo pipefail
@@ -53,8 +54,9 @@ newest_interpreter() {
 
 # make NAME: the environment, unless it is complete.
 make() {
-  local environment=$folder/$1 python
-  [[ -e $environment/complete ]] && return
+  local environment=$folder/$1 python complete
+  complete=$environment/complete-$({ floors ".*"; tools; } | sha256sum | cut -c1-12)
+  [[ -e $complete ]] && return
   case $1 in
     oldest) python=$(interpreter 3.10) ;;
     *) python=$(newest_interpreter) ;;
@@ -82,7 +84,7 @@ make() {
       exit 2
       ;;
   esac
-  touch "$environment/complete"
+  touch "$complete"
 }
 
 # install ENVIRONMENT: the package as it lies here, with the native extension for this Python, unless that is done.
@@ -104,7 +106,7 @@ run() {
   mkdir -p "$out"
   install "$environment"
   "$environment/bin/python" tests/matrix_summary.py versions >"$out/versions"
-  for file in tests/test_*.py; do
+  for file in ${IDLEVIT_MATRIX_FILES:-tests/test_*.py}; do
     name=$(basename "$file" .py)
     [[ -e $out/$name.done ]] && continue
     timeout "${IDLEVIT_MATRIX_TIMEOUT:-1800}" "$environment/bin/python" -m pytest -q -rfEs -p no:cacheprovider \

@@ -342,6 +342,18 @@ def test_a_missing_cpp_compiler_is_told() -> None:
         assert versions.missing_cpp_compiler() is not None
 
 
+@pytest.mark.parametrize(
+    "triton, numpy, works",
+    [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True), ("3.9.0", "3.0.0", True)],
+)
+def test_the_interpreter_of_triton_and_numpy(
+    triton: str, numpy: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "installed", {"triton": triton, "numpy": numpy}.get)
+    reason = versions.triton_interpreter_reason()
+    assert reason is None if works else reason is not None and f"triton {triton}" in reason
+
+
 @pytest.fixture
 def fresh_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "_classes", {})

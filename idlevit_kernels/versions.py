@@ -346,14 +346,18 @@ def count_flops(op: Any, formula: Callable[..., int]) -> None:
             raise
 
 
-def cpu_attention_ops() -> tuple[Any, Any] | None:
-    """The ops that ``F.scaled_dot_product_attention`` runs on a CPU, forward and backward; for the FLOP counter.
+def attention_ops() -> list[tuple[Any, Any]]:
+    """What ``F.scaled_dot_product_attention`` runs on a CPU beside its like on CUDA, forward and backward.
 
-    Fallback: None, then their products are not counted, unless the counter knows their successors.
+    The FLOP counter knows the latter alone, as of torch 2.15. Fallback: without a pair whose names have changed; then
+    the counter leaves its products out, unless it knows them by the new name.
     """
-    name = "_scaled_dot_product_flash_attention_for_cpu"
-    forward, backward = (getattr(torch.ops.aten, name + suffix, None) for suffix in ("", "_backward"))
-    return None if forward is None or backward is None else (forward, backward)
+    aten, name = torch.ops.aten, "_scaled_dot_product_flash_attention"
+    pairs = [
+        (getattr(aten, f"{name}_for_cpu{suffix}", None), getattr(aten, f"{name}{suffix}", None))
+        for suffix in ("", "_backward")
+    ]
+    return [pair for pair in pairs if None not in pair]
 
 
 # Two names of torch that only their modules are private of: TorchDispatchMode, documented, and tree_map_only, imported

@@ -90,7 +90,7 @@ make() {
 # install ENVIRONMENT: the package as it lies here, with the native extension for this Python, unless that is done.
 install() {
   local built
-  built=$1/built-$({ pwd; cat setup.py CMakeLists.txt pyproject.toml; find csrc -type f | sort | xargs cat; } |
+  built=$1/built-$({ pwd; cat setup.py CMakeLists.txt; grep "^version" pyproject.toml; find csrc -type f | sort | xargs cat; } |
     sha256sum | cut -c1-12)
   local suffix
   suffix=$("$1/bin/python" -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")

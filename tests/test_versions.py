@@ -288,13 +288,15 @@ def test_flop_formulas_are_registered_once() -> None:
 
 
 def test_the_attention_of_the_cpu_is_known() -> None:
-    ops = versions.cpu_attention_ops()
-    assert ops is not None
+    from torch.utils.flop_counter import flop_registry
+
+    pairs = versions.attention_ops()
+    assert len(pairs) == 2 and all(on_cuda in flop_registry for _, on_cuda in pairs)
     q = torch.randn(1, 2, 9, 16, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         F.scaled_dot_product_attention(q, q, q).sum().backward()
     called = {event.key for event in profile.key_averages()}
-    assert {f"aten::{op.__name__}" for op in ops} <= called
+    assert {f"aten::{on_cpu.__name__}" for on_cpu, _ in pairs} <= called
 
 
 def test_triton_compiler() -> None:

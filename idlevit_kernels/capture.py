@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .errors import Words, describe, type_error, value_error
+from .versions import tree_map_only
 
 _WARM_UP = 3  # passes: libraries make their handles and workspaces in the first, and Triton kernels are compiled
 
@@ -106,7 +106,7 @@ def check_like(op: str, x: Any, recorded: Tensor) -> None:
 
 def copy_tensors(output: Any) -> Any:
     """The output, in whatever tuples, lists, dictionaries or registered classes it comes, with tensors of its own."""
-    return pytree.tree_map_only(Tensor, torch.clone, output)
+    return tree_map_only(Tensor, torch.clone, output)
 
 
 @contextlib.contextmanager

@@ -83,8 +83,8 @@ def _info_text(facts: dict[str, Any]) -> Group:
     gpus = [f"{d['name']}, compute capability {d['capability']}, {d['memory_gib']} GiB" for d in cuda["devices"]]
     machine = {
         "idlevit_kernels": env["version"] + (f" (commit {env['commit']})" if env["commit"] else ""),
-        "Python": f"{env['python']} on {env['platform']}",
-        **{name: env[name] or "not installed" for name in ("torch", "triton", "timm")},
+        "platform": env["platform"],
+        **{name: _library_text(library) for name, library in facts["libraries"].items()},
         "CUDA": f"PyTorch is built for {cuda['torch_built_for'] or 'no CUDA'}; driver {cuda['driver'] or 'not found'}",
         "GPU": "\n".join(gpus) or "PyTorch finds none",
         "CPU": f"{env['cpu']}, {env['threads']} threads",
@@ -96,6 +96,10 @@ def _info_text(facts: dict[str, Any]) -> Group:
         if backend["usable"]
         else Text.assemble(("not usable", "yellow"), *(f"\n- {reason}" for reason in backend["reasons"]))
         for name, backend in facts["backends"].items()
+    }
+    fast_paths = {
+        gate["name"]: Text.assemble(("on", "green") if gate["available"] else ("off", "yellow"), f"\n{gate['detail']}")
+        for gate in facts["fast_paths"]
     }
     build = {name: json.dumps(value) for name, value in facts["build"].items()}
     variables = {
@@ -109,9 +113,19 @@ def _info_text(facts: dict[str, Any]) -> Group:
     return Group(
         _section("Installed", machine),
         _section("Backends, in the order that 'auto' tries them", backends),
+        _section("Fast paths, as far as the versions of other libraries decide", fast_paths),
         _section("Build of the native extension", build or {"": "nothing recorded"}),
         _section("Environment variables", variables),
     )
+
+
+def _library_text(library: dict[str, Any]) -> Text:
+    floor = library["floor"]
+    if library["installed"] is None:
+        return Text(f"not installed ({floor} or newer)")
+    if library["too_old"]:
+        return Text(f"{library['installed']}, older than {floor}, the oldest version that is tested", "red")
+    return Text(f"{library['installed']} ({floor} or newer)")
 
 
 def _section(title: str, lines: dict[str, Any]) -> Table:

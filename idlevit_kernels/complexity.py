@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import type_error, value_error
-from .versions import HOOKS
+from .versions import HOOKS, attention_ops, count_flops, onednn_linear_op
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def register_flop_formulas() -> None:
 
     Not at import: the counter's module imports triton.
     """
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
+    from torch.utils.flop_counter import flop_registry
 
     def linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * x.numel() * weight[0]
@@ -31,15 +31,13 @@ def register_flop_formulas() -> None:
         qkv_weight = arguments[3]
         return 2 * 2 * x[0] * x[2] * (qkv_weight[0] // 3)
 
-    for op, formula in ((torch.ops.mkldnn._linear_pointwise, linear), (torch.ops.idlevit.cls_direction, cls_direction)):
-        if op not in flop_registry:
-            register_flop_formula(op)(formula)
+    count_flops(torch.ops.idlevit.cls_direction, cls_direction)
+    if onednn_linear_op() is not None:
+        count_flops(onednn_linear_op(), linear)
     # The attention that scaled_dot_product_attention takes on a CPU; older versions of torch count only CUDA's.
-    aten = torch.ops.aten
-    for direction in ("", "_backward"):
-        on_cpu = getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{direction}")
-        on_cuda = getattr(aten, f"_scaled_dot_product_flash_attention{direction}")
-        flop_registry.setdefault(on_cpu, flop_registry[on_cuda])
+    for on_cpu, on_cuda in attention_ops():
+        if on_cuda in flop_registry:
+            flop_registry.setdefault(on_cpu, flop_registry[on_cuda])
 
 
 @dataclasses.dataclass(frozen=True)

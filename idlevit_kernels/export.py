@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import versions
 from .errors import type_error, value_error
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 
 _MAX_BATCH = 65536
 _OPSET = 20
+_OVERLOAD = type(torch.ops.aten.add.Tensor)  # the class of every op in an exported graph
 
 
 def export_model(
@@ -73,7 +75,7 @@ def export_model(
         elif format == "torch-export":
             torch.export.save(program, path)
         else:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+            versions.aoti_compile(program, path)
     return path
 
 
@@ -89,7 +91,7 @@ def load_exported(
     if format == "torch-export":
         return torch.export.load(path).module()
     if format == "aoti":
-        return torch._inductor.aoti_load_package(str(path))
+        return versions.aoti_load(path)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -130,20 +132,16 @@ def _check_onnx(dtype: torch.dtype) -> None:
 
 
 def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
+    missing = versions.missing_cpp_compiler()
+    if missing is not None:
         raise RuntimeError(
-            "export: format aoti needs a C++ compiler (g++; CXX names another), and there is none here"
-        ) from error
+            f"export: format aoti needs a C++ compiler (g++; CXX names another), and there is none here: {missing}"
+        )
 
 
 def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     translations = _translations()
-    ops = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    ops = {node.target for node in program.graph.nodes if isinstance(node.target, _OVERLOAD)}
     foreign = sorted(str(op) for op in ops if op.namespace not in ("aten", "prims") and op not in translations)
     if foreign:
         raise ValueError(f"export: onnx has no standard operators for {', '.join(foreign)}, which the model calls")

@@ -6,13 +6,12 @@ import os
 import platform
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__, backends, env
+from . import __version__, backends, env, versions
 from .backends import cpu
 from .build_info import build_info
 
@@ -25,8 +24,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        "triton": versions.installed("triton"),
+        "timm": versions.installed("timm"),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "cuda": cuda(),
@@ -37,6 +36,8 @@ def collect() -> dict[str, Any]:
     """Everything that ``idlevit info`` shows."""
     return {
         "environment": environment(),
+        "libraries": versions.libraries(),
+        "fast_paths": [gate._asdict() for gate in versions.report()],
         "backends": {name: {"usable": not why, "reasons": why} for name, why in backend_reasons().items()},
         "cpu_instruction_set": instruction_sets(),
         "build": build_info(),
@@ -120,13 +121,6 @@ def commit() -> str | None:
     if not shutil.which("git") or _output(*git, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return _output(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

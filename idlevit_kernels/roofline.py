@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import versions
 from .reference.layer_norm import accumulate_dtype
 from .schedule import num_kept
 from .tables import console_for
@@ -180,8 +181,8 @@ def measure_cpu(copied_bytes: int, seconds: float = 1.0) -> Device:
         "copy": lambda: target.copy_(source),
         "launch": lambda: one.add_(1),
     }
-    if torch.backends.mkldnn.is_available():
-        calls["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if not versions.onednn_reason():
+        calls["onednn"] = lambda: versions.onednn_linear(a, b, None)
     timings = alternate(calls, seconds)
     # Peaks, hence the quick end of the samples; a copy reads and writes.
     product = min(timings[name].p20 for name in ("blas", "onednn") if name in timings)

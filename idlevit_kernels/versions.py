@@ -10,17 +10,35 @@ model of a library that nobody imported cannot exist.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
+import os
+import platform
+import re
 import sys
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_map_only as tree_map_only
+
+FLOORS = {
+    "Python": "3.10",
+    "torch": "2.9.1",
+    "timm": "1.0.26",
+    "triton": "3.5.1",
+    "transformers": "4.57.6",
+    "numpy": "1.26.4",
+}
+"""The oldest versions that the tests are run on, those of pyproject.toml (``tests/matrix.sh`` runs them)."""
 
 _logger = logging.getLogger("idlevit_kernels")
 T = TypeVar("T")
@@ -209,12 +227,16 @@ WATCHING_HOOKS = tuple(name for name in _WATCHING if name in HOOKS)
 """Those of HOOKS that are not empty when somebody watches the module's calls."""
 
 
+COMPILED = "_compiled_call_impl"
+"""The attribute that ``module.compile()`` sets."""
+
+
 def compiled_in_place(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called: then its ``__call__`` runs something else than its ``forward``.
 
     The attribute ``_compiled_call_impl`` exists since torch 2.2; without it no module can be compiled so.
     """
-    return getattr(module, "_compiled_call_impl", None) is not None
+    return getattr(module, COMPILED, None) is not None
 
 
 # oneDNN, which F.linear does not call for float32. Found by a call, as a build or a processor may refuse it.
@@ -285,6 +307,11 @@ def onednn_pack(weight: Tensor, rows: int) -> Tensor:
     return _call_pack(weight, rows)
 
 
+def onednn_linear_op() -> Any:
+    """The op that ``onednn_linear`` calls, for the FLOP counter; None where this torch has none."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
 # CUDA
 
 
@@ -323,14 +350,63 @@ def count_flops(op: Any, formula: Callable[..., int]) -> None:
             raise
 
 
-def cpu_attention_ops() -> tuple[Any, Any] | None:
-    """The ops that ``F.scaled_dot_product_attention`` runs on a CPU, forward and backward; for the FLOP counter.
+def attention_ops() -> list[tuple[Any, Any]]:
+    """What ``F.scaled_dot_product_attention`` runs on a CPU beside its like on CUDA, forward and backward.
 
-    Fallback: None, then their products are not counted, unless the counter knows their successors.
+    The FLOP counter knows the latter alone, as of torch 2.15. Fallback: without a pair whose names have changed; then
+    the counter leaves its products out, unless it knows them by the new name.
     """
-    name = "_scaled_dot_product_flash_attention_for_cpu"
-    forward, backward = (getattr(torch.ops.aten, name + suffix, None) for suffix in ("", "_backward"))
-    return None if forward is None or backward is None else (forward, backward)
+    aten, name = torch.ops.aten, "_scaled_dot_product_flash_attention"
+    pairs = [
+        (getattr(aten, f"{name}_for_cpu{suffix}", None), getattr(aten, f"{name}{suffix}", None))
+        for suffix in ("", "_backward")
+    ]
+    return [pair for pair in pairs if None not in pair]
+
+
+# Two names of torch that only their modules are private of: TorchDispatchMode, documented, and tree_map_only, imported
+# above. There is no other way to what they do, and torch does not work without them.
+
+
+# The compiler
+
+
+def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
+    """Within it, ``torch.compile`` compiles one function so many times before it gives up.
+
+    ``torch.compiler.config`` is public and has the limit in torch 2.11, not in 2.9: there ``torch._dynamo.config`` has.
+    """
+    config: Any = torch.compiler.config
+    if not hasattr(config, "recompile_limit"):
+        config = torch._dynamo.config
+    return config.patch(recompile_limit=limit)
+
+
+def missing_cpp_compiler() -> str | None:
+    """What inductor says where it finds no C++ compiler; None where it finds one, or cannot be asked.
+
+    Its ``get_cpp_compiler`` is private. Fallback: None; then compiling fails with inductor's own words.
+    """
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:
+        return None
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return str(error)
+    return None
+
+
+def aoti_compile(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Writes the program as an AOTInductor package. Documented by torch under this private module; no other way."""
+    torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path))
+
+
+def aoti_load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """The model of an AOTInductor package; documented like ``aoti_compile``."""
+    return torch._inductor.aoti_load_package(os.fspath(path))
 
 
 # Triton
@@ -351,6 +427,17 @@ class Triton(NamedTuple):
     cuobjdump: str
 
 
+def triton_interpreter_reason() -> str | None:
+    """Why Triton's interpreter would fail on a loop whose bound is an argument; None where it works.
+
+    Before Triton 3.7 it turns an array of one element into an integer, which NumPy 2.4 refuses.
+    """
+    triton, numpy = installed("triton"), installed("numpy")
+    if numpy is None or _numbers(numpy) < (2, 4) or _numbers(triton) >= (3, 7):
+        return None
+    return f"the interpreter of triton {triton} fails with NumPy 2.4 and newer; install triton>=3.7 or numpy<2.4"
+
+
 @functools.cache
 def triton_compiler() -> Triton:
     """Imports Triton. Raises ImportError, which says what is missing, where it or one of these names is not there.
@@ -362,21 +449,20 @@ def triton_compiler() -> Triton:
     try:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from triton.runtime import JITFunction
 
-        if not callable(JITFunction.run):
-            raise AttributeError("triton.runtime.JITFunction.run is no function")
-        return Triton(JITFunction, ASTSource, GPUTarget, triton.knobs.nvidia.cuobjdump.path)
+        if not callable(triton.JITFunction.run):
+            raise AttributeError("triton.JITFunction.run is no function")
+        return Triton(triton.JITFunction, ASTSource, GPUTarget, triton.knobs.nvidia.cuobjdump.path)
     except (AttributeError, ImportError) as error:
         raise ImportError(f"triton {triton.__version__} is laid out otherwise than is known here: {error}") from error
 
 
-# Classes of timm and transformers whose formula is known, hence that may be replaced by it. A name, and the modules
-# that have or had the class: the public one first, through which a class can move without notice.
+# Classes of timm and transformers that are known by name. Each with the modules that have or had it: the public one
+# first, through which a class can move without notice.
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "Attention": ("timm.layers", "timm.models.vision_transformer"),
-    "AttentionRope": ("timm.layers",),
+    "AttentionRope": ("timm.layers", "timm.layers.attention"),
     "Dinov2DropPath": ("transformers.models.dinov2.modeling_dinov2",),
     "Dinov2LayerScale": ("transformers.models.dinov2.modeling_dinov2",),
     "Dinov2WithRegistersDropPath": ("transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",),
@@ -389,23 +475,24 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "LayerNorm": ("timm.layers",),
     "LayerNormFp32": ("timm.layers",),
     "LayerScale": ("timm.layers", "timm.models.vision_transformer"),
-    "Mlp": ("timm.layers",),
     "LVViT": ("idlevit_kernels.models.lvvit",),
+    "LocallyGroupedAttn": ("timm.models.twins",),
+    "Mlp": ("timm.layers",),
+    "PyramidVisionTransformerV2": ("timm.models.pvt_v2",),
     "Scale": ("idlevit_kernels.models.lvvit",),
     "SwiGLU": ("timm.layers",),
     "VisionTransformer": ("timm.models.vision_transformer",),
     "Block": ("timm.models.vision_transformer",),
+    "ResPostBlock": ("timm.models.vision_transformer",),
+    "SwinTransformer": ("timm.models.swin_transformer",),
     "SwinTransformerBlock": ("timm.models.swin_transformer",),
+    "SwinTransformerStage": ("timm.models.swin_transformer",),
+    "SwinTransformerV2": ("timm.models.swin_transformer_v2",),
+    "SwinTransformerV2Stage": ("timm.models.swin_transformer_v2",),
+    "Twins": ("timm.models.twins",),
     "WindowAttention": ("timm.models.swin_transformer",),
     "SwinTransformerV2Block": ("timm.models.swin_transformer_v2",),
     "WindowAttentionV2": ("timm.models.swin_transformer_v2",),
-    "SwinTransformer": ("timm.models.swin_transformer",),
-    "SwinTransformerV2": ("timm.models.swin_transformer_v2",),
-    "SwinTransformerStage": ("timm.models.swin_transformer",),
-    "SwinTransformerV2Stage": ("timm.models.swin_transformer_v2",),
-    "LocallyGroupedAttn": ("timm.models.twins",),
-    "Twins": ("timm.models.twins",),
-    "PyramidVisionTransformerV2": ("timm.models.pvt_v2",),
     "GlobalSubSampleAttn": ("timm.models.twins",),
     "TwinsBlock": ("timm.models.twins",),
     "ViTLayer": ("transformers.models.vit.modeling_vit",),
@@ -416,6 +503,48 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 # Two classes of one name: what the second is called there.
 _NAME_THERE = {"WindowAttentionV2": "WindowAttention", "TwinsBlock": "Block"}
+
+# The attributes and functions that a forward reads, in any version that was read: what its formula is made of. One that
+# reads another has learnt something that the formula here does not know (so came head_dim, gates and fewer heads of
+# keys). Bytecode has them, so nothing is called; they are the same in Python 3.10 to 3.13.
+_ATTENTION = (
+    "F attn_dim attn_drop fused_attn gate head_dim k_norm maybe_add_mask norm num_heads p permute proj proj_drop q_norm"
+    " qkv reshape resolve_self_attn_mask scale scaled_dot_product_attention shape sigmoid softmax training transpose"
+    " unbind"
+)
+_ROTARY = "apply_rot_embed_cat cat getattr k_proj num_prefix_tokens q_proj torch type_as v_proj"
+_BLOCK = "attn drop_path1 drop_path2 mlp norm1 norm2"
+_WINDOWS = "attn_drop num_heads permute proj proj_drop qkv reshape shape softmax torch transpose unbind unsqueeze view"
+_VIT_LAYER = "attention dropout intermediate layernorm_after layernorm_before mlp output"
+_DINOV2_LAYER = "attention drop_path layer_scale1 layer_scale2 mlp norm1 norm2"
+_READS = {
+    "Attention": _ATTENTION,
+    "AttentionRope": f"{_ATTENTION} {_ROTARY} num_kv_groups num_kv_heads repeat_interleave",
+    "DropPath": "drop_path drop_prob scale_by_keep training",
+    "EvaAttention": f"{_ATTENTION} {_ROTARY} k_bias linear q_bias qkv_bias_separate v_bias weight",
+    "EvaBlock": f"{_BLOCK} gamma_1 gamma_2",
+    "GluMlp": "act chunk chunk_dim drop1 drop2 fc1 fc2 gate_last norm",
+    "LayerNorm": "F _fast_norm bias eps fast_layer_norm layer_norm normalized_shape weight",
+    "LayerNormFp32": "F bias dtype eps float layer_norm normalized_shape to weight",
+    "LayerScale": "gamma inplace mul_",
+    "Mlp": "act drop1 drop2 fc1 fc2 norm",
+    "SwiGLU": "act drop1 drop2 fc1_g fc1_x fc2 norm",
+    "Block": f"{_BLOCK} ls1 ls2",
+    "ResPostBlock": _BLOCK,
+    "SwinTransformerBlock": "_attn drop_path1 drop_path2 mlp norm1 norm2 reshape shape",
+    "WindowAttention": f"{_WINDOWS} _get_rel_pos_bias expand functional fused_attn nn p scale"
+    " scaled_dot_product_attention training",
+    "SwinTransformerV2Block": "_attn drop_path1 drop_path2 mlp norm1 norm2 reshape shape",
+    "WindowAttentionV2": f"{_WINDOWS} F cat clamp contiguous cpb_mlp exp k_bias linear log logit_scale math normalize"
+    " q_bias qkv_bias_separate relative_coords_table relative_position_index sigmoid v_bias weight window_size",
+    "GlobalSubSampleAttn": "attn_drop functional fused_attn kv nn norm num_heads p permute proj proj_drop q reshape"
+    " scale scaled_dot_product_attention shape softmax sr torch training transpose unbind",
+    "TwinsBlock": _BLOCK,
+    "ViTLayer": _VIT_LAYER,
+    "DeiTLayer": _VIT_LAYER,
+    "Dinov2Layer": _DINOV2_LAYER,
+    "Dinov2WithRegistersLayer": _DINOV2_LAYER,
+}
 
 _classes: dict[str, type] = {}
 
@@ -435,23 +564,45 @@ def library_class(name: str) -> type | None:
             _classes[name] = kind
             return kind
     if loaded:
-        _log_lost(*_lost_class(name))
+        homes = " or ".join(CLASSES[name])
+        _log_lost(_described(name), f"{_library(name)} has none in {homes}; modules are called as they are")
     return None
 
 
+def changed_forward(kind: Any, name: str) -> str:
+    """How the forward of the class differs from all that are known of ``name``, and one line of the log; "" if it does
+    not, or nothing is known. What somebody put in the place of its forward differs as well, unless it computes with
+    the same names."""
+    if name not in _READS:
+        return ""
+    new = sorted(names_read(inspect.unwrap(kind.forward).__code__) - set(_READS[name].split()))
+    if not new:
+        return ""
+    detail = f"in {_library(name)} its forward reads {', '.join(new)}, which is not known here; it is called as it is"
+    _log_lost(_described(name), detail)
+    return detail
+
+
+@functools.cache
+def names_read(code: types.CodeType) -> frozenset[str]:
+    """The attributes, functions and modules that a function and those within it mention."""
+    inner = (names_read(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
 def is_exactly(module: Any, *names: str) -> bool:
-    """Whether the module is an instance of one of these classes of CLASSES, and not of a subclass of it."""
+    """Whether the module is of one of these classes, not of a subclass, and that computes what is known of it."""
     kind = type(module)
-    return any(kind is library_class(name) for name in names)
+    return any(kind is library_class(name) and not changed_forward(kind, name) for name in names)
 
 
-def _lost_class(name: str) -> tuple[str, str]:
+def _described(name: str) -> str:
+    return f"{CLASSES[name][0].partition('.')[0]}'s {_NAME_THERE.get(name, name)}"
+
+
+def _library(name: str) -> str:
     library = CLASSES[name][0].partition(".")[0]
-    there = _NAME_THERE.get(name, name)
-    return (
-        f"{library}'s {there}",
-        f"{library} {installed(library)} has none in {' or '.join(CLASSES[name])}; modules are called as they are",
-    )
+    return f"{library} {installed(library)}"
 
 
 def installed(distribution: str) -> str | None:
@@ -460,6 +611,22 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def libraries() -> dict[str, dict[str, Any]]:
+    """What is installed of FLOORS, the floor, and whether it is older than that, which nobody has tested."""
+    known = {"Python": platform.python_version(), "torch": str(torch.__version__)}
+    found = {name: known.get(name) or installed(name) for name in FLOORS}
+    return {
+        name: {"installed": has, "floor": FLOORS[name], "too_old": bool(has) and _numbers(has) < _numbers(FLOORS[name])}
+        for name, has in found.items()
+    }
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    """(2, 9, 1) of "2.9.1+cu128" and of "2.9.1rc2"."""
+    digits = re.match(r"\d+(\.\d+)*", version or "")
+    return tuple(map(int, digits[0].split("."))) if digits else ()
 
 
 # What is on
@@ -486,16 +653,26 @@ def report() -> list[Gate]:
 
 def _library_gate(library: str) -> Gate:
     names = [name for name, homes in CLASSES.items() if homes[0].startswith(library + ".")]
-    what = f"classes of {library} that are known"
+    what = f"formulas of {library}'s modules" if library == "timm" else f"layers of {library}"
     if importlib.util.find_spec(library) is None:
         return Gate(what, False, f"{library} is not installed")
-    for home in {home for name in names for home in CLASSES[name]}:
+    _import_all(home for name in names for home in CLASSES[name])
+    found = {name: library_class(name) for name in names}
+    missing = [_NAME_THERE.get(name, name) for name, kind in found.items() if kind is None]
+    changed = [
+        f"{_NAME_THERE.get(name, name)}: {changed_forward(kind, name)}"
+        for name, kind in found.items()
+        if kind is not None and name in _READS and changed_forward(kind, name)
+    ]
+    lost = [f"{library} {installed(library)} has no {', '.join(missing)} where it was"] if missing else []
+    if lost or changed:
+        return Gate(what, False, "; ".join(lost + changed))
+    return Gate(what, True, f"all {len(names)} classes are as known, in {library} {installed(library)}")
+
+
+def _import_all(modules: Iterable[str]) -> None:
+    for module in set(modules):
         try:
-            importlib.import_module(home)
-        except ImportError:
-            continue  # then the classes are missing, which is told below
-    missing = [_NAME_THERE.get(name, name) for name in names if library_class(name) is None]
-    if missing:
-        gone = ", ".join(missing)
-        return Gate(what, False, f"{library} {installed(library)} has no {gone} where it was; modules are called")
-    return Gate(what, True, f"all {len(names)}, in {library} {installed(library)}")
+            importlib.import_module(module)
+        except ImportError as error:  # then its classes are missing, which the report tells
+            _logger.info("%s cannot be imported: %s", module, error)

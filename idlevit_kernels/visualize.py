@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .block import Context, IdleBlock
 from .errors import Words, type_error, value_error
 from .latency import evaluation
 from .models import idle_blocks
+from .versions import TorchDispatchMode
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

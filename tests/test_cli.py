@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from idlevit_kernels import __version__, benchmark, env, timing
+from idlevit_kernels import __version__, benchmark, env, timing, versions
 from idlevit_kernels.backends import BACKENDS
 from idlevit_kernels.cli import app
 
@@ -32,6 +32,22 @@ def test_info_text_names_versions_backends_and_variables():
     text = run("info").stdout
     for name in (__version__, torch.__version__, *BACKENDS, *env.VARIABLES):
         assert name in text
+
+
+def test_info_text_names_floors_and_fast_paths():
+    text = " ".join(run("info").stdout.split())
+    for name, library in versions.libraries().items():
+        assert f"{name} {library['installed'] or 'not installed'}" in text and f"({library['floor']} or newer)" in text
+    for gate in versions.report():
+        assert f"{gate.name} {'on' if gate.available else 'off'}" in text
+
+
+def test_info_tells_of_a_version_below_the_floor(monkeypatch):
+    monkeypatch.setitem(versions.FLOORS, "torch", "99.1")
+    assert f"{torch.__version__}, older than 99.1" in " ".join(run("info").stdout.split())
+    libraries = json.loads(run("info", "--json").stdout)["libraries"]
+    assert libraries["torch"] == {"installed": torch.__version__, "floor": "99.1", "too_old": True}
+    assert libraries["timm"]["too_old"] is False
 
 
 def test_info_json_gives_every_reason(monkeypatch):

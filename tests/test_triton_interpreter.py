@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from idlevit_kernels import versions
+
 SUITE = Path(__file__).with_name("triton_interpreter")
 
 
 @pytest.mark.slow
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton")
+    reason = versions.triton_interpreter_reason()
+    if reason is not None:
+        pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUITE)],
         env=os.environ | {"TRITON_INTERPRET": "1"},

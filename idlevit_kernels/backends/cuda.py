@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import versions
 from ..build_info import build_info
 from ..reference.layer_norm import accumulate_dtype
 from . import native
@@ -60,8 +61,7 @@ class CUDAOps(native.NativeOps):
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> str | None:
         device = x.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        return getattr(native.extension(), "cuda_" + kernel)(*args, device, stream)
+        return getattr(native.extension(), "cuda_" + kernel)(*args, device, versions.cuda_stream(device))
 
     def error(self, op: str, failure: str, indices: Tensor | None, num_tokens: int) -> Exception:
         return RuntimeError(f"{op}: the CUDA kernel could not be launched: {failure}")

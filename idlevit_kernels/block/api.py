@@ -481,7 +481,7 @@ def give_back(new: nn.Module, kind: type, own: tuple[str, ...]) -> Any:
     if old is None:
         old = object.__new__(kind)
     attributes = {name: value for name, value in new.__dict__.items() if name not in own}
-    attributes.pop("_compiled_call_impl", None)  # it calls ``new``
+    attributes.pop(versions.COMPILED, None)  # it calls ``new``
     old.__dict__.clear()
     old.__dict__.update(attributes)
     return old

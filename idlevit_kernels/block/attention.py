@@ -19,7 +19,7 @@ from ..reference.layer_norm import accumulate_dtype
 from . import scoring
 from .context import Context
 from .linear import Linear, linear
-from .parts import Watch, find_linear, find_optional, plain_tensor
+from .parts import Watch, find_linear, find_optional
 
 
 class Projected(NamedTuple):
@@ -93,15 +93,17 @@ class SelfAttention:
 
     def _find_projections(self, module: Any, watch: Watch) -> None:
         look, qkv = watch.value, watch.value(module, "qkv")
-        self.qkv: Linear | None = None if qkv is None else find_linear(qkv, watch)
+        self.qkv = None if qkv is None else find_linear(qkv, watch)
         self.biases: tuple[Tensor, ...] | None = None  # of queries, keys and values, where qkv has none (EVA)
         self.separate: tuple[Linear, ...] = ()
-        if qkv is None:
+        if self.qkv is None:
             self.separate = tuple(find_linear(look(module, name), watch) for name in ("q_proj", "k_proj", "v_proj"))
             return
         biases = tuple(look(module, name) for name in ("q_bias", "k_bias", "v_bias"))
-        if biases[0] is not None and all(plain_tensor(b) for b in biases):
+        if biases[0] is not None:
             self.biases = biases
+            if not look(module, "qkv_bias_separate"):  # EVA's forward reads the weight and does not call the module
+                self.qkv = self.qkv.read()
 
     # Nothing below keeps a view of a weight: it would stay behind where the weight gets other memory.
 
@@ -149,7 +151,7 @@ class SelfAttention:
         bias = torch.cat(self.biases)
         if self.qkv.plain and self.qkv.weight is not None:
             return linear(y, self.qkv.weight, bias)
-        return self.qkv.module(y) + bias
+        return self.qkv(y) + bias
 
     def _turn(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None:
@@ -271,4 +273,12 @@ def why_no_keys(attn: Any) -> str | None:
     if getattr(attn, "qkv", None) is None:
         names += ["q_proj", "k_proj"] if hasattr(attn, "q_proj") else ["qkv"]
     missing = [name for name in names if getattr(attn, name, None) is None]
-    return f"its attention, {type(attn).__name__}, has no {', '.join(missing)}" if missing else None
+    if missing:
+        return f"its attention, {type(attn).__name__}, has no {', '.join(missing)}"
+    bias = getattr(attn, "q_bias", None)
+    if bias is not None and bias.is_meta and "forward" in attn.__dict__:
+        return (
+            f"its attention, {type(attn).__name__}, whose own parameters are offloaded (accelerate) and cannot be read"
+            " for the scores; load them, or remove_idle"
+        )
+    return None

@@ -86,8 +86,9 @@ def kind_name(kind: type, names: tuple[str, ...]) -> str | None:
     found = _names.get(kind)
     if found is None and not torch.compiler.is_compiling():
         found = next((name for name in names if find_kind(name) is kind), None)
-        if found is not None:
-            _names[kind] = found
+        if found is None or versions.changed_forward(kind, found):
+            return None
+        _names[kind] = found
     return found
 
 
@@ -130,7 +131,7 @@ class Watch:
             return
         self._modules.append(module)
         self._kinds[type(module)] = None
-        for name in ("forward", "_compiled_call_impl"):
+        for name in ("forward", versions.COMPILED):
             self._remember(module.__dict__, name)
         self._hooks += [module.__dict__[name] for name in versions.WATCHING_HOOKS if name in module.__dict__]
 
@@ -436,6 +437,9 @@ def _form(kind: type, forward: Any) -> Form | str:
         return _REFUSED.get(kind.__name__) or f"{kind.__name__} ({kind.__module__}), whose forward is not known"
     if not _is_own(kind, forward):
         return f"{kind.__name__}, whose forward was replaced on the class"
+    changed = versions.changed_forward(kind, name)
+    if changed:
+        return f"{kind.__name__}, whose forward is not the one that is known: {changed}"
     return _forms[name]
 
 

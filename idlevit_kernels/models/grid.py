@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block.parts import find_kind, own_forward
+from ..versions import changed_forward
 
 
 def put_blocks(stages: Iterable[Any], blocks: Iterable[nn.Module]) -> None:
@@ -28,8 +29,8 @@ def why_no_attention(attn: Any, name: str) -> str | None:
     kind = find_kind(name)
     if type(attn) is not kind:
         return f"its attention is {type(attn).__name__}, which is not timm's {getattr(kind, '__name__', name)}"
-    if "forward" in attn.__dict__ or not own_forward(type(attn)):
-        return f"the forward of its {type(attn).__name__} was replaced; kept tokens cannot be given to it"
+    if "forward" in attn.__dict__ or not own_forward(type(attn)) or changed_forward(type(attn), name):
+        return f"its attention, {type(attn).__name__}, has another forward, which cannot be given the kept tokens alone"
     return None
 
 

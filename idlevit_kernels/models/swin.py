@@ -149,6 +149,7 @@ class Projected(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor | None
+    table: Tensor | None = None  # relative position bias, where a module computes it
 
 
 class WindowAttention:
@@ -184,7 +185,7 @@ class WindowAttention:
     def weight(self) -> Tensor | None:
         return self.qkv.weight
 
-    def table(self) -> Tensor:
+    def table(self, prepared: Projected | None) -> Tensor:
         """Relative position bias by offset, [offsets, H]."""
         return self.module.relative_position_bias_table
 
@@ -212,7 +213,7 @@ class WindowAttention:
             logits = query @ key_weight @ normed.transpose(1, 2)
             if key_bias is not None:  # the same for all tokens of a region, but regions of a window compete
                 logits = logits + (query @ key_bias)[..., None]
-        return self._biased(logits, windows)
+        return self._biased(logits, windows, self.table(prepared))
 
     def _scale(self, normed: Tensor) -> float:
         assert self.qkv.weight is not None or self.scale is not None
@@ -220,13 +221,13 @@ class WindowAttention:
             return self.scale
         return self.module.scale
 
-    def _biased(self, logits: Tensor, windows: Windows) -> Tensor:
+    def _biased(self, logits: Tensor, windows: Windows, table: Tensor) -> Tensor:
         """Column mean of the biased logits, averaged over heads: [B * windows, regions, M^2] -> [B * windows, M^2].
 
         ``logits`` are those of the mean queries, summed over heads; the bias is averaged in the same way.
         """
         acc = accumulate_dtype(logits.dtype)
-        bias = self.table().to(acc).mean(1)[self.module.relative_position_index]  # [M^2, M^2], row i biases query i
+        bias = table.to(acc).mean(1)[self.module.relative_position_index]  # [M^2, M^2], row i biases query i
         bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
         by_image = logits.to(acc).unflatten(0, (-1, windows.count)) / self.heads
         scores = windows.own_region((by_image + bias).flatten(0, 1))
@@ -241,13 +242,13 @@ class WindowAttention:
         return self._in_module(y, context, self._attend)
 
     def _attend(self, y: Tensor, context: Any) -> Tensor:
-        return self._out(*self.qkv(y).chunk(3, dim=2), context)
+        return self._out(*self.qkv(y).chunk(3, dim=2), context, self.table(None))
 
     def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
         def formula(y: Tensor, context: Any) -> Tensor:
             q, k = (ops.gather_tokens(t, indices, backend=backend) for t in prepared[:2])
             v = self._values(y) if prepared.v is None else ops.gather_tokens(prepared.v, indices, backend=backend)
-            return self._out(q, k, v, context)
+            return self._out(q, k, v, context, self.table(prepared))
 
         return self._in_module(y, context, formula)
 
@@ -257,10 +258,10 @@ class WindowAttention:
     def _values(self, y: Tensor) -> Tensor:
         raise AssertionError("one module gives queries, keys and values")
 
-    def _out(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+    def _out(self, q: Tensor, k: Tensor, v: Tensor, context: Any, table: Tensor) -> Tensor:
         """[B * windows, K, H * head_dim] each -> [B * windows, K, C]."""
         head_dim = q.shape[2] // self.heads
-        mask = self._mask(context.windows, context.indices, q)
+        mask = self._mask(context.windows, context.indices, q, table)
         q, k, v = (heads_apart(t, head_dim) for t in (q, k, v))
         out = self.proj(attend(q, k, v, mask, self._attention_scale(), self.dropout, self.softmax, self.drop))
         return out if self.proj_drop is None else self.proj_drop(out)
@@ -268,7 +269,7 @@ class WindowAttention:
     def _attention_scale(self) -> float | None:
         return self.scale
 
-    def _mask(self, windows: Windows, indices: Tensor | None, query: Tensor) -> Tensor:
+    def _mask(self, windows: Windows, indices: Tensor | None, query: Tensor, table: Tensor) -> Tensor:
         """Relative position bias and mask of the kept tokens: [B * windows or 1, H, K, K], dtype of the queries."""
         index, regions = self.module.relative_position_index, windows.regions
         if regions is not None:
@@ -279,7 +280,7 @@ class WindowAttention:
             first = index[:, 0][indices]  # what i adds to index[i, j]; j takes off the same
             index = first[:, :, None] - first[:, None, :] + index[0, 0]
             regions = None if regions is None else regions.gather(1, indices)
-        mask = F.embedding(index, self.table().to(query.dtype)).permute(0, 3, 1, 2)
+        mask = F.embedding(index, table.to(query.dtype)).permute(0, 3, 1, 2)
         if regions is not None:
             mask = mask + (regions[:, :, None] != regions[:, None, :]).unsqueeze(1) * _OUTSIDE
         return mask
@@ -292,10 +293,12 @@ class CosineWindowAttention(WindowAttention):
         names = ("q_bias", "k_bias", "v_bias", "logit_scale", "relative_coords_table", "relative_position_index")
         for name in (*names, "cpb_mlp"):
             look(module, name)
+        if look(module, "q_bias") is not None and not look(module, "qkv_bias_separate"):
+            self.qkv = self.qkv.read()  # as timm's forward does, which does not call the module
 
-    def table(self) -> Tensor:
-        raw = self.module.cpb_mlp(self.module.relative_coords_table)
-        return 16 * torch.sigmoid(raw.view(-1, self.heads))
+    def table(self, prepared: Projected | None) -> Tensor:
+        assert prepared is not None and prepared.table is not None
+        return prepared.table
 
     def needs_all(self, context: Context) -> bool:
         return True
@@ -313,7 +316,9 @@ class CosineWindowAttention(WindowAttention):
             q, k, v = (qkv(normed) if bias is None else qkv(normed) + bias).chunk(3, dim=2)
         temperature = self.module.logit_scale.clamp(max=math.log(100)).exp().view(-1, 1)  # [H, 1]
         q, k = (F.normalize(t.unflatten(2, (self.heads, -1)), dim=-1) for t in (q, k))
-        return Projected((q * temperature).flatten(2), k.flatten(2), v)
+        raw = self.module.cpb_mlp(self.module.relative_coords_table)
+        table = 16 * torch.sigmoid(raw.view(-1, self.heads))
+        return Projected((q * temperature).flatten(2), k.flatten(2), v, table)
 
     def _values(self, y: Tensor) -> Tensor:
         weight, bias = self.qkv.weight, self._bias()
@@ -322,8 +327,9 @@ class CosineWindowAttention(WindowAttention):
         return linear(y, weight[width:], None if bias is None else bias[width:])
 
     def _attend(self, y: Tensor, context: Any) -> Tensor:
-        q, k, v = self.prepare(y, context)
-        return self._out(q, k, self._values(y) if v is None else v, context)
+        prepared = self.prepare(y, context)
+        v = self._values(y) if prepared.v is None else prepared.v
+        return self._out(prepared.q, prepared.k, v, context, self.table(prepared))
 
     def _scale(self, normed: Tensor) -> float:
         return 1.0

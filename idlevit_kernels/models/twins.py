@@ -143,9 +143,16 @@ class PooledForm:
         if kind is not None and type(block.attn) is kind:
             return "its attention is the locally grouped one of Twins-SVT (LocallyGroupedAttn), which is not supported"
         reason = why_no_attention(block.attn, "GlobalSubSampleAttn")
-        if reason is None and not (isinstance(block.attn.q, nn.Linear) and isinstance(block.attn.kv, nn.Linear)):
+        if reason is not None:
+            return reason
+        if not (isinstance(block.attn.q, nn.Linear) and isinstance(block.attn.kv, nn.Linear)):
             return "its queries and keys are not projected by Linear layers"
-        return reason
+        if any(find_linear(p, Watch()).weight is None for p in (block.attn.q, block.attn.kv)):
+            return (
+                "its queries and keys are projected by layers that are patched, offloaded or quantised, so that their"
+                " weights cannot be read for the scores; undo that, or remove_idle"
+            )
+        return None
 
     def parts(self, block: Any, watch: Watch) -> Parts:
         norm1, norm2 = (find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2"))

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import versions
 from ...reference import cls_direction  # two small matrix products: PyTorch's library has those
 
 try:
-    from triton.runtime import JITFunction
+    from triton import JITFunction
 
     from .gather import gather_add_norm, gather_tokens
     from .norm_backward import gather_norm_backward
@@ -42,7 +43,10 @@ _ANY_WIDTH = ("cls_direction", "select_tokens", "token_cut_loss", "token_cut_los
 def installed() -> list[str]:
     if _import_error:
         return [_import_error]
-    if not interpreted() and not torch.cuda.is_available():
+    if interpreted():
+        reason = versions.triton_interpreter_reason()
+        return [reason] if reason else []
+    if not torch.cuda.is_available():
         return ["PyTorch finds no CUDA GPU, and Triton's interpreter is off (TRITON_INTERPRET=1, before the import)"]
     return []
 

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from ...versions import triton_compiler
 from . import gather, norm_backward, scatter, score, select
 from .token_cut_loss import BACKWARD_CONFIGS, FORWARD_CONFIGS, token_cut_loss, token_cut_loss_backward
 
@@ -114,12 +113,13 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
         launches.append(_specialise(kernel, args, meta))
 
-    run = triton.runtime.JITFunction.run
-    triton.runtime.JITFunction.run = note
+    kernels = triton_compiler().jit_function
+    run = kernels.run
+    kernels.run = note
     try:
         call()
     finally:
-        triton.runtime.JITFunction.run = run
+        kernels.run = run
     return launches
 
 
@@ -159,18 +159,20 @@ def launches(shape: Shape) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, architecture: int) -> Usage:
-    source = ASTSource(
+    compiler = triton_compiler()
+    source = compiler.ast_source(
         launch.kernel,
         dict(launch.signature),
         dict(launch.constants),
         {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(launch.options))
+    binary = triton.compile(source, target=compiler.gpu_target("cuda", architecture, 32), options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [compiler.cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text}")

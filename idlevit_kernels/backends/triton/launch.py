@@ -87,7 +87,7 @@ def tuned(
         def milliseconds(config: dict[str, int]) -> float:
             try:
                 return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20)
-            except triton.runtime.errors.OutOfResources:  # too much shared memory for this GPU
+            except triton.OutOfResources:  # too much shared memory for this GPU
                 return float("inf")
 
         with guard(device):

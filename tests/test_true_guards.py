@@ -1,4 +1,4 @@
-"""What an idle model computes is never a copy that drifted: whatever is hooked, patched, swapped or changed is honoured.
+"""What an idle model computes is never a copy that drifted: what is hooked, patched, swapped or changed is honoured.
 
 Over all families; each test is the right answer to a fault that users of such packages have met.
 """
@@ -453,7 +453,8 @@ def test_torchscript_is_refused_in_a_sentence(family: str) -> None:
 REFUSED = "has another forward|cannot be read for the scores|take off accelerate's hooks"
 
 
-@pytest.mark.parametrize("family", [f for f in MAKE if f != "Swin V2"])  # which accelerate computes wrongly, dense too
+# accelerate loses the buffers of the other two, so that their dense models compute something else as well.
+@pytest.mark.parametrize("family", [f for f in MAKE if f not in ("EVA-02", "Swin V2")])
 @pytest.mark.parametrize("when", ["before", "after"])
 @torch.no_grad()
 def test_offloaded_weights(family: str, when: str) -> None:
@@ -466,7 +467,7 @@ def test_offloaded_weights(family: str, when: str) -> None:
         try:
             model = ik.apply_idle(model, schedule=[1.0] * depth(make(family)))
         except TypeError as error:
-            assert re.search(REFUSED, str(error)) and family in ("EVA-02", "Swin", "Twins")  # noqa: PT017
+            assert re.search(REFUSED, str(error)) and family in ("Swin", "Twins")  # noqa: PT017
             assert depth_of(model) == 0
             torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
             return
@@ -475,7 +476,7 @@ def test_offloaded_weights(family: str, when: str) -> None:
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
     ik.set_keep_ratio(model, [0.5] * depth_of(model))
-    if family in ("EVA-02", "Swin", "Twins"):
+    if family in ("Swin", "Twins"):
         with pytest.raises(TypeError, match=REFUSED):
             run(model, image)
     else:

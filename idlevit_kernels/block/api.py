@@ -231,7 +231,7 @@ def _mixed(idle: type, kind: type) -> type:
     return type(kind.__name__, (idle, kind), {**names, "dense_kind": kind, "idle_kind": idle, "form": form})
 
 
-def _rebuild(idle: type, kind: type) -> nn.Module:
+def _rebuild(idle: Any, kind: Any) -> nn.Module:
     """An idle block without attributes, for copy and pickle."""
     return object.__new__(_mixed(idle, kind))
 
@@ -278,7 +278,7 @@ class IdleBlock(nn.Module):
             return object.__new__(cls)
         block = args[0] if args else kwargs.get("block")
         cls.check(block)
-        return object.__new__(_mixed(cls, type(block)))
+        return _rebuild(cls, type(block))
 
     def __init__(
         self,

@@ -236,7 +236,8 @@ class SelfAttention:
     def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
         if context.rope is not None or not self.linear_keys:
             return None
-        return scoring.direction(*self.projections()[:2], self.heads, queries())
+        query, key, _ = self.projections()
+        return scoring.direction(query, key, self.heads, queries())
 
     def scores(self, normed: Tensor, prepared: Projected | None, scorer: str, context: Context) -> Tensor:
         if prepared is not None:
@@ -246,7 +247,8 @@ class SelfAttention:
             turns = context.rope, self.num_prefix_tokens, self.rotate_half
             return scoring.rotary(normed, query, key, self.heads, scorer, *turns)
         queries = normed[:, 0] if scorer == "cls" else normed.mean(1)
-        u = scoring.direction(*self.projections()[:2], self.heads, queries)
+        query, key, _ = self.projections()
+        u = scoring.direction(query, key, self.heads, queries)
         acc = accumulate_dtype(normed.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
 

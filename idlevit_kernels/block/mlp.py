@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,8 +49,8 @@ class Mlp(NamedTuple):
         return hidden if self.norm is None else self.norm(hidden)
 
 
-def find_mlp(module: Any, watch: Watch) -> Callable[[Tensor], Tensor]:
-    """[B, n, C] -> [B, n, C]."""
+def find_mlp(module: Any, watch: Watch) -> Any:
+    """What computes it, [B, n, C] -> [B, n, C]."""
     if watch.is_plain(module, "Mlp", "GluMlp"):
         fc1, fc2 = (find_linear(watch.value(module, name), watch) for name in ("fc1", "fc2"))
         drop1, norm, drop2 = (find_optional(watch.value(module, name), watch) for name in ("drop1", "norm", "drop2"))

@@ -420,7 +420,7 @@ def dense_kind(block: nn.Module) -> Any:
     return getattr(type(block), "dense_kind", type(block))
 
 
-def definer(kind: type) -> type:
+def definer(kind: type) -> Any:
     """The class in whose source the forward of ``kind`` stands."""
     return next((base for base in kind.__mro__ if "forward" in vars(base)), kind)
 
@@ -477,7 +477,7 @@ def find_form(block: Any) -> Form | str:
 _known: weakref.WeakKeyDictionary[nn.Module, Parts] = weakref.WeakKeyDictionary()
 
 
-def find_parts(block: nn.Module) -> Parts | str:
+def find_parts(block: Any) -> Parts | str:
     """The block's parts, looked up again when something has changed; or why the block cannot idle."""
     compiling = torch.compiler.is_compiling()
     if not compiling and isinstance(block, nn.Module):

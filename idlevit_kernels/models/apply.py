@@ -190,7 +190,7 @@ def idle_config(model: nn.Module) -> dict[str, Any]:
                 op, name, "a name, for a function is no JSON; pass it to apply_idle", getattr(first, name)
             )
     keeps = [block.keep for block in blocks]
-    how = {"schedule": keeps}
+    how: dict[str, Any] = {"schedule": keeps}
     if any(isinstance(keep, int) for keep in keeps):
         how = {"num_keep": [keep if isinstance(keep, int) else None for keep in keeps]}
     return {**how, "scorer": first.scorer, "select": first.select}

@@ -17,7 +17,7 @@ NAME = "timm Eva (EVA-02, DINOv3, ...)"
 class EvaForm(PreNormForm):
     """timm's EvaBlock: the pre-norm block with LayerScale as its own parameters and a rotary embedding beside x."""
 
-    blocks = ("EvaBlock",)
+    blocks: tuple[str, ...] = ("EvaBlock",)
 
     def context(  # type: ignore[override]
         self, block: Any, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -34,7 +34,7 @@ register_form(EvaForm())
 
 def find(model: Any) -> nn.Module | None:
     """The Eva in the model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind = library_class("Eva")
+    kind: Any = library_class("Eva")
     if kind is None:  # no timm model can exist
         return None
     if type(model).__name__ == "FeatureGetterNet":

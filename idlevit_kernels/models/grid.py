@@ -37,7 +37,7 @@ def why_no_attention(attn: Any, name: str) -> str | None:
 def through_hooks(module: nn.Module, formula: Callable[..., Tensor], *args: Any) -> Tensor:
     """``formula(*args)`` as if it were the module's forward: its hooks see the call, with the kept tokens."""
     stand_in = type(type(module).__name__, (type(module),), {"forward": lambda _, *given: formula(*given)})
-    called = object.__new__(stand_in)
+    called: Any = object.__new__(stand_in)
     called.__dict__ = module.__dict__
     return called(*args)
 

@@ -64,12 +64,12 @@ class LayerAttention(SelfAttention):
 class LayerForm:
     """x + attention(norm(x)), then x + mlp(norm(x)), with the names that transformers gives the parts."""
 
-    blocks = tuple(_LAYERS)
+    blocks: tuple[str, ...] = tuple(_LAYERS)
     sequence = True
 
     def why_unsupported(self, layer: Any) -> str | None:
-        name = type(layer).__name__
-        if "output_attentions" in inspect.signature(definer(type(layer)).forward).parameters:
+        name, own = type(layer).__name__, definer(type(layer))
+        if "output_attentions" in inspect.signature(own.forward).parameters:
             return f"{name} that return tuples, as in transformers before 4.56"
         try:
             self.parts(layer, Watch())
@@ -104,11 +104,11 @@ class LayerForm:
         watch.is_own(mlp), watch.is_watched(mlp)
         return mlp
 
-    def context(self, layer: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
+    def context(self, block: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
         """``kwargs`` are what a transformers model hands down to all of its layers."""
         if attention_mask is not None:
             raise value_error("IdleBlock", "attention_mask", "None: idle tokens need full attention", attention_mask)
-        attention: Any = layer.attention
+        attention: Any = block.attention
         config = attention.config if hasattr(attention, "config") else attention.attention.config
         if kwargs.get("output_attentions", config.output_attentions):
             expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
@@ -147,7 +147,7 @@ def _lists_of_layers(module: nn.Module) -> list[str]:
 
 def find(model: Any) -> nn.Module | None:
     """The module that holds the list of layers; None if there is none, or more than one."""
-    kind = library_class("PreTrainedModel")
+    kind: Any = library_class("PreTrainedModel")
     if kind is None or not isinstance(model, kind):
         return None
     found = [module for module in model.modules() if _lists_of_layers(module)]

@@ -242,7 +242,8 @@ class WindowAttention:
         return self._in_module(y, context, self._attend)
 
     def _attend(self, y: Tensor, context: Any) -> Tensor:
-        return self._out(*self.qkv(y).chunk(3, dim=2), context, self.table(None))
+        q, k, v = self.qkv(y).chunk(3, dim=2)
+        return self._out(q, k, v, context, self.table(None))
 
     def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
         def formula(y: Tensor, context: Any) -> Tensor:
@@ -374,7 +375,7 @@ class WindowForm:
 class PostNormWindowForm(WindowForm):
     """Swin V2's block: x + norm1(attn(x)), then x + norm2(mlp(x)), in windows."""
 
-    blocks = ("SwinTransformerV2Block",)
+    blocks: tuple[str, ...] = ("SwinTransformerV2Block",)
     attention_name, attention = "WindowAttentionV2", CosineWindowAttention
 
     def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
@@ -394,7 +395,7 @@ def _stages(model: nn.Module) -> list[Any]:
 
 def find(model: Any) -> nn.Module | None:
     """The model itself if it is a SwinTransformer, of either version, or what ``features_only`` made of one."""
-    kinds = tuple(k for k in map(library_class, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
+    kinds: Any = tuple(k for k in map(library_class, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
     if not kinds:  # no timm model can exist
         return None
     if isinstance(model, kinds):

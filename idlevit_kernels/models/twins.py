@@ -135,7 +135,7 @@ def shares(attn: Any, direction: Tensor, normed: Tensor, pooled: Tensor, size: t
 class PooledForm:
     """Twins' block: x + attn(norm1(x), size), then x + mlp(norm2(x)); x [B, H * W, C]."""
 
-    blocks = ("TwinsBlock",)
+    blocks: tuple[str, ...] = ("TwinsBlock",)
     sequence = False
 
     def why_unsupported(self, block: Any) -> str | None:
@@ -180,7 +180,7 @@ register_form(PooledForm())
 
 def find(model: Any) -> nn.Module | None:
     """The Twins model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind = library_class("Twins")
+    kind: Any = library_class("Twins")
     if kind is None:  # no timm model can exist
         return None
     if type(model).__name__ == "FeatureGetterNet":

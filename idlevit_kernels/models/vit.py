@@ -74,7 +74,7 @@ register_form(PreNormForm())
 
 def find(model: Any) -> nn.Module | None:
     """The VisionTransformer in the model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind = library_class("VisionTransformer")
+    kind: Any = library_class("VisionTransformer")
     if kind is None:  # no timm model can exist
         return None
     if type(model).__name__ == "FeatureGetterNet":

@@ -76,8 +76,8 @@ _fastest: dict[tuple[Any, ...], dict[str, int]] = {}
 def tuned(
     key: tuple[Any, ...], configs: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None], device: torch.device
 ) -> dict[str, int]:
-    """The fastest configuration for the key, timed once a process; the first one where timing is off or impossible."""
-    if device.type != "cuda" or env.get("IDLEVIT_AUTOTUNE", "1") == "0":
+    """The fastest configuration for the key, timed once a process; the first where timing is off or decides nothing."""
+    if len(configs) == 1 or device.type != "cuda" or env.get("IDLEVIT_AUTOTUNE", "1") == "0":
         return configs[0]
     key = (*key, device.index)
     if key not in _fastest:

@@ -80,7 +80,7 @@ def add_branch(tokens, branch, factor, dtype: tl.constexpr):
 @triton.jit
 def load_tokens(indices, slots, n, T):
     """The tokens in the slots, of n indices. A wrong index becomes the nearest token: no address outside the tensor."""
-    return tl.minimum(tl.maximum(tl.load(indices + slots, mask=slots < n, other=0), 0), T - 1)
+    return tl.minimum(tl.maximum(tl.load(indices + slots, mask=slots < n, other=0), 0), T - 1).to(tl.int32)
 
 
 @triton.jit

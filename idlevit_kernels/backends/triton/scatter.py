@@ -109,7 +109,7 @@ def _scatter(
     branch, gamma = (None if t is None else t.contiguous() for t in (branch, gamma))
     B, n, C = tokens.shape
     out = (tokens if x is None else x).new_empty((B, num_tokens, C))
-    tile = row_tile(C)
+    tile = row_tile(C, tokens.dtype)
     steps, programs = walk(B, num_tokens, tile["ROWS"], SEARCH_PROGRAMS)
     batch_stride, token_stride = (0, 0) if x is None else (x.stride(0), x.stride(1))
     launch(
@@ -127,7 +127,7 @@ def _scatter_in_place(
     indices, tokens = indices.contiguous(), tokens.contiguous()
     branch, gamma = (None if t is None else t.contiguous() for t in (branch, gamma))
     B, n, C = tokens.shape
-    tile = row_tile(C)
+    tile = row_tile(C, tokens.dtype)
     steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
     launch(
         _scatter_tokens_in_place, programs, x.device,

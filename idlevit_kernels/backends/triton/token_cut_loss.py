@@ -29,11 +29,18 @@ BACKWARD_CONFIGS = (
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
 )
+# tf32 products read operands twice as wide.
+TF32_FORWARD_CONFIGS = tuple({**config, "BLOCK_K": 32} for config in FORWARD_CONFIGS)
+TF32_BACKWARD_CONFIGS = (
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+)
 # float32 products in full precision and float64 ones run on the ordinary cores and keep their operands in registers.
-WIDE_FORWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},)
-WIDE_BACKWARD_CONFIGS = ({**WIDE_FORWARD_CONFIGS[0], "BLOCK_D": 64},)
-# With 32 channels a step a float64 product spills where a GPU has few float64 units.
-DOUBLE_FORWARD_CONFIGS = ({**WIDE_FORWARD_CONFIGS[0], "BLOCK_K": 16},)
+DOUBLE_FORWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},)
+WIDE_FORWARD_CONFIGS = ({**DOUBLE_FORWARD_CONFIGS[0], "maxnreg": 128},)
+WIDE_BACKWARD_CONFIGS = (
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+)
 
 
 @triton.jit
@@ -199,12 +206,15 @@ Configs = tuple[dict[str, int], ...]
 def forward_configs(dtype: torch.dtype, precision: str) -> Configs:
     if dtype == torch.float64:
         return DOUBLE_FORWARD_CONFIGS
-    return WIDE_FORWARD_CONFIGS if dtype == torch.float32 and precision == "ieee" else FORWARD_CONFIGS
+    if dtype == torch.float32:
+        return TF32_FORWARD_CONFIGS if precision == "tf32" else WIDE_FORWARD_CONFIGS
+    return FORWARD_CONFIGS
 
 
 def backward_configs(dtype: torch.dtype, precision: str) -> Configs:
-    wide = dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee")
-    return WIDE_BACKWARD_CONFIGS if wide else BACKWARD_CONFIGS
+    if dtype == torch.float32 and precision == "tf32":
+        return TF32_BACKWARD_CONFIGS
+    return WIDE_BACKWARD_CONFIGS if dtype.itemsize >= 4 else BACKWARD_CONFIGS
 
 
 def token_cut_loss(

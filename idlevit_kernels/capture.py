@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ def capture(model: nn.Module, example: Tensor) -> CapturedModel:
     Raises:
         TypeError: model is not a module, or example not a tensor.
         ValueError: the model trains or is not on one CUDA device, or the example is elsewhere.
-        RuntimeError: the model does what no graph can hold, such as reading a result on the host.
+        RuntimeError: the model does what no graph can hold, such as reading a result on the host. The current stream,
+            the allocator and the random number generators are then as they were before.
     """
     if not isinstance(model, nn.Module):
         raise type_error("capture", "model", "a torch.nn.Module", model)
@@ -65,23 +66,18 @@ class CapturedModel:
         self.model = model
         with torch.cuda.device(example.device), _inference(), _autocast_without_cache():
             self._input = example.clone()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._graph = torch.cuda.CUDAGraph()
+            with _side_stream() as stream:
                 for _ in range(_WARM_UP):
                     model(self._input)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            try:
-                # "thread_local": another thread, one that loads data say, may allocate meanwhile.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                    self._output = model(self._input)
-            except RuntimeError as error:
-                first = error.__context__ or error  # ending a capture that has failed fails as well
-                raise RuntimeError(
-                    f"capture: {type(model).__name__} cannot be recorded as a CUDA graph: {first}\nIts forward pass"
-                    " must not wait for the device: no .item(), no .cpu(), no branch on a tensor's value."
-                ) from error
+                try:
+                    self._output = _record(self._graph, lambda: model(self._input), stream)
+                except RuntimeError as error:
+                    first = error.__context__ or error  # ending a capture that has failed fails as well
+                    raise RuntimeError(
+                        f"capture: {type(model).__name__} cannot be recorded as a CUDA graph: {first}\nIts forward pass"
+                        " must not wait for the device: no .item(), no .cpu(), no branch on a tensor's value."
+                    ) from error
 
     def __call__(self, x: Tensor) -> Any:
         check_like("capture", x, self._input)
@@ -92,6 +88,47 @@ class CapturedModel:
 
     def __repr__(self) -> str:
         return f"CapturedModel({type(self.model).__name__}, {describe(self._input)})"
+
+
+@contextlib.contextmanager
+def _side_stream() -> Iterator[torch.cuda.Stream]:
+    """A new stream that is current within the context, and that waits for the one before it and is waited for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield stream
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
+    """What run() returns, its kernels recorded in the graph. ``stream`` is current.
+
+    Ending a capture that has failed raises before PyTorch has taken back what the capture began (2.8 to 2.11): without
+    the clean-up below, every later random number on the device raises.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        # "thread_local": another thread, one that loads data say, may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            return run()
+    except RuntimeError:
+        _clean_up(pool, stream)
+        raise
+
+
+def _clean_up(pool: Any, stream: torch.cuda.Stream) -> None:
+    """Takes the allocator and the random number generators out of a failed capture."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        pass  # the capture itself had ended
+    else:
+        torch._C._cuda_releasePool(device, pool)
+    # A capture that succeeds leaves the generators as they should be, with their seeds and offsets; giving them another
+    # state instead would part them from the graphs that were captured before.
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+        torch.zeros(1, device=torch.device("cuda", device))
 
 
 def check_like(op: str, x: Any, recorded: Tensor) -> None:

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from idlevit_kernels.backends import cpu
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m gpu`` reads tests/gpu alone: those files need torch, Triton, timm and pytest, and many others need more."""
+    elsewhere = collection_path.is_file() and collection_path.parent.name != "gpu"
+    return True if elsewhere and config.getoption("markexpr").startswith("gpu") else None
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,6 @@
-"""The CUDA backend: what it refuses and why, and, on a GPU, every op against the float64 reference.
-
-Small sizes alone, so that ``compute-sanitizer --tool memcheck`` (and racecheck, synccheck, initcheck) can run
-``pytest -m gpu -k "not large" tests/test_cuda.py``.
-"""
+"""The CUDA backend without a GPU: what it refuses and why. On one: gpu/test_gpu_cuda.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,23 +8,12 @@ from torch import Tensor
 
 import idlevit_kernels as ik
 from idlevit_kernels.backends import cuda, native
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.testing import OPS, Case, make_arguments
 
 REASONS = cuda.installed()
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(bool(REASONS), reason="; ".join(REASONS)),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
 KERNELS = [
     op for op in OPS if op not in ("cls_direction", "gather_norm_backward", "token_cut_loss", "token_cut_loss_backward")
 ]
-
-
-def gpu(function: Callable) -> Callable:
-    for mark in on_gpu:
-        function = mark(function)
-    return function
 
 
 def test_cpu_tensors_are_refused_with_every_reason() -> None:
@@ -87,116 +70,3 @@ def test_without_a_device_the_launch_says_so(op: str, monkeypatch: pytest.Monkey
     getattr(ops, op)(*make_arguments(op, Case(0, 9, 8, 3)))  # nothing to launch
     with pytest.raises(RuntimeError, match=f"{op}: the CUDA kernel could not be launched: .*CUDA"):
         getattr(ops, op)(*make_arguments(op, Case(2, 9, 8, 3)))
-
-
-WIDTHS = [
-    Case(2, 9, C, 5, dtype=dtype)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
-    for C in (8, 504, 512, 768, 1024, 1280, 4096)
-]
-
-
-@gpu
-@pytest.mark.parametrize("case", CASES + WIDTHS, ids=str)
-@pytest.mark.parametrize("op", OPS)
-def test_against_reference(op: str, case: Case) -> None:
-    arguments = make_arguments(op, case, device="cuda")
-    wanted = expected(op, arguments)
-    check(op, run(op, arguments, "cuda"), wanted, case.dtype)
-
-
-@gpu
-@pytest.mark.parametrize(
-    "case",
-    [
-        *LARGE_CASES,
-        Case(64, 196, 768, 137, dtype=torch.bfloat16),
-        Case(1200, 400, 8, 300, scores="ties"),  # more kept tokens than one block takes
-        Case(70000, 49, 8, 34),  # more images than the second dimension of a grid
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("op", KERNELS)
-def test_large(op: str, case: Case) -> None:
-    arguments = make_arguments(op, case, device="cuda")
-    wanted = expected(op, arguments)
-    check(op, run(op, arguments, "cuda"), wanted, case.dtype)
-
-
-@gpu
-@pytest.mark.parametrize("op", KERNELS)
-def test_same_bits_from_run_to_run(op: str) -> None:
-    results = [run(op, make_arguments(op, CASES[0], device="cuda"), "cuda") for _ in range(2)]
-    for one, two in zip(*results, strict=True):
-        assert torch.equal(one, two)
-
-
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", KERNELS)
-def test_captured_in_a_graph(op: str, dtype: torch.dtype) -> None:
-    """A replay computes from what the captured arguments hold by then."""
-    case = Case(2, 49, 64, 20, dtype=dtype)
-    arguments = make_arguments(op, case, device="cuda")
-    fresh = make_arguments(op, case, seed=1, device="cuda")
-    wanted = expected(op, fresh)
-    run(op, make_arguments(op, case, device="cuda"), "cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run(op, arguments, "cuda")
-    for captured, new in zip(arguments, fresh, strict=True):
-        if isinstance(captured, Tensor):
-            captured.copy_(new)
-    graph.replay()
-    torch.cuda.synchronize()
-    check(op, results, wanted, dtype)
-
-
-@gpu
-@pytest.mark.parametrize("op", KERNELS)
-def test_runs_on_the_current_stream(op: str) -> None:
-    """Work that the stream still has to do comes first: on another stream the op would read what was there before."""
-    case = Case(2, 49, 64, 20)
-    arguments, fresh = make_arguments(op, case, device="cuda"), make_arguments(op, case, seed=1, device="cuda")
-    wanted = expected(op, fresh)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for old, new in zip(arguments, fresh, strict=True):
-            if isinstance(old, Tensor):
-                old.copy_(new)
-        results = run(op, arguments, "cuda")
-    stream.synchronize()
-    check(op, results, wanted, case.dtype)
-
-
-@gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("op", KERNELS)
-def test_runs_on_the_device_of_its_tensors(op: str) -> None:
-    arguments = make_arguments(op, CASES[0], device="cuda:1")
-    wanted = expected(op, arguments)
-    assert torch.cuda.current_device() == 0
-    results = run(op, arguments, "cuda")
-    assert torch.cuda.current_device() == 0
-    assert all(result.device == torch.device("cuda", 1) for result in results)
-    check(op, results, wanted, CASES[0].dtype)
-
-
-@gpu
-def test_gradients() -> None:
-    case = Case(2, 9, 6, 4, P=2, dtype=torch.float64)
-    for op in ("token_scores", "select_gather_norm", "gather_tokens", "gather_add_norm", "scatter_add_tokens"):
-        arguments = [
-            a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-            for a in make_arguments(op, case, device="cuda")
-        ]
-        if op == "select_gather_norm":
-            arguments[1] = arguments[1].detach()
-
-        def function(*a: object, op: str = op) -> object:
-            result = getattr(ik, op)(*a, backend="cuda")
-            return result[1] if op == "select_gather_norm" else result
-
-        assert torch.autograd.gradcheck(function, arguments)

@@ -246,14 +246,14 @@ def test_gradient_checkpointing_and_hooks(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["v1", "v1, padded", "v2"])
 def test_projections_that_are_no_plain_linear(name: str) -> None:
-    """A hooked projection is called, and the logits stay."""
+    """A hooked projection is called as in timm, whose V2 reads its weight instead, and the logits stay."""
     model, calls = ik.apply_idle(make(name), keep_ratio=0.5), []
     image = image_for(model)
     wanted = model(image)
     for block in ik.idle_blocks(model).values():
         block.attn.qkv.register_forward_hook(lambda *_: calls.append("qkv"))
     torch.testing.assert_close(model(image), wanted, rtol=1e-4, atol=1e-4)
-    assert len(calls) == 5
+    assert len(calls) == (0 if name == "v2" else 5)
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])

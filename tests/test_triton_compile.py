@@ -1,33 +1,78 @@
-"""Compiles every Triton kernel for every architecture, without a GPU: ``pytest -s tests/test_triton_compile.py``
-prints the table. No kernel may spill registers or need a stack."""
+"""Compiles every Triton kernel for every type and architecture, without a GPU: ``pytest -s tests/test_triton_compile.py``
+prints the table. No kernel may spill registers or need a stack, and what is not compiled must have a reason."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from idlevit_kernels import testing  # noqa: E402
+from idlevit_kernels import backends, testing  # noqa: E402
 from idlevit_kernels.backends.triton import compile_table  # noqa: E402
+from idlevit_kernels.backends.triton.compile_table import SHAPES, TYPES  # noqa: E402
+
+DOUBLE = TYPES[-1]
 
 
 @pytest.mark.slow
-def test_no_kernel_spills() -> None:
-    rows = list(compile_table.table())
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: types.name)
+def test_no_kernel_spills(types: compile_table.Types) -> None:
+    rows = list(compile_table.table(types=[types]))
     print()
     for line in compile_table.lines(rows):
         print(line)
-    assert {usage.architecture for _, _, usage in rows} == {80, 90, 100, 120}
-    for model, launch, usage in rows:
-        assert usage.stack == usage.local == 0, (model, launch, usage)
-        assert usage.shared <= 99 * 1024, (model, launch, usage)
+    assert {row.architecture for row in rows} == {80, 90, 100, 120}
+    refused = {(row.launch.name, row.types) for row in rows if row.usage is None}
+    assert refused == ({("token_cut_loss_backward", "float64")} if types == DOUBLE else set())
+    for row in rows:
+        if row.usage is None:
+            assert row.reasons, row
+        else:
+            assert row.usage.stack == row.usage.local == 0, row
+            assert row.usage.shared <= 99 * 1024, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_what_is_refused_does_not_compile(architecture: int) -> None:
+    """In a process of its own: the compiler may end it."""
+    found = compile_table.launches(SHAPES[0], DOUBLE)
+    (index, *_) = (i for i, launch in enumerate(found) if launch.name == "token_cut_loss_backward")
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        error = pool.submit(compile_table._compile, (SHAPES[0], DOUBLE, index, architecture)).exception()
+    assert error is not None, "Triton compiles it by now: take the reason out of backends/triton"
+
+
+def test_float64_gradients_of_the_cut_loss_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of a machine with a GPU: the backend says that it cannot, so that "auto" takes another."""
+    reasons = backends.module("triton").type_reasons
+    assert "Triton compiles its product of computed float64" in reasons("token_cut_loss_backward", [torch.float64])[0]
+    assert reasons("token_cut_loss", [torch.float64]) == reasons("token_cut_loss_backward", [torch.float32]) == []
+    arguments = testing.make_arguments("token_cut_loss_backward", testing.Case(1, 9, 8, 3, dtype=torch.float64))
+    triton = backends.module("triton")
+    monkeypatch.setattr(triton, "installed", list)
+    monkeypatch.setattr(triton, "_device_reasons", lambda device: [])
+    monkeypatch.setitem(backends._PREFERENCE, "cpu", ("triton", "cpu", "reference"))
+    assert backends._choose("token_cut_loss_backward", "auto", arguments) is backends.module("cpu")
+    assert backends._choose("token_cut_loss", "auto", arguments[1:]) is triton
 
 
 def test_every_op_is_in_the_table() -> None:
     """scatter_add and expand share the kernels of scatter."""
-    kernels = {launch.name for launch in compile_table.launches(compile_table.SHAPES[0])}
+    kernels = {launch.name for launch in compile_table.launches(SHAPES[0], TYPES[0])}
     shared = {"scatter_add_tokens": "scatter_tokens", "expand_tokens": "scatter_tokens"}
     for op in set(testing.OPS) - {"cls_direction"}:  # PyTorch's products and no kernel of its own
         name = op.removesuffix("_")
         name = shared.get(name, name) + ("_in_place" if op.endswith("_") else "")
         assert name in kernels
+
+
+def test_one_configuration_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = backends.module("triton").launch
+    ran: list[dict[str, int]] = []
+    only = {"BLOCK_M": 32}
+    assert launch.tuned(("op",), (only,), ran.append, torch.device("cuda", 0)) is only and ran == []

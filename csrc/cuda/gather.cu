@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = place.part * L::kRows + L::row();
     if (i >= s.n) return;
     const int64_t row = place.image * s.n + i;
-    const E* source = token_row<E>(x, place.image, checked_index(indices[row], s.T));
+    const E* source = token_row<E>(x, place.image, nearest_token(indices[row], s.T));
     for (int64_t c = 0; c < s.C; c += L::kChannels) {
         const int rest = static_cast<int>(s.C - c);
         Row<E, L> values;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const int C = static_cast<int>(s.C);
     const int64_t index = place.image * s.n + i, offset = index * s.C;
     Row<T, L> row;
-    row.load(token_row<T>(x, place.image, checked_index(indices[index], s.T)), C);
+    row.load(token_row<T>(x, place.image, nearest_token(indices[index], s.T)), C);
     branch.add_to(row, offset, 0, C);
     row.store(tokens + offset, C);
     // The norm sees the tokens as they are stored, rounded to their type.

@@ -224,11 +224,8 @@ __device__ __forceinline__ const T* token_row(const Tokens& x, int64_t b, int64_
     return static_cast<const T*>(x.data) + b * x.batch_stride + t * x.token_stride;
 }
 
-// Index values are not checked on the host, which would wait for the device. Stopping the kernel gives the caller an
-// error at the next synchronisation, and never a read or write outside the tensor.
-__device__ __forceinline__ int64_t checked_index(int64_t t, int64_t T) {
-    if (t < 0 || t >= T) __trap();
-    return t;
-}
+// Index values are not checked on the host, which would wait for the device. A wrong one acts as the nearest token: no
+// read or write outside the tensor, and no trap, after which the process could not use the device any more.
+__device__ __forceinline__ int64_t nearest_token(int64_t t, int64_t T) { return min(max(t, int64_t{0}), T - 1); }
 
 }  // namespace idlevit::cuda

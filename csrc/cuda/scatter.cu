@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const bool in_place = x.data == out;
     if (row >= (in_place ? s.n : s.T)) return;
     const int64_t i = in_place ? row : find(indices_b, s.n, row);
-    const int64_t t = in_place ? checked_index(indices_b[row], s.T) : row;
+    const int64_t t = in_place ? nearest_token(indices_b[row], s.T) : row;
     const int64_t offset = (b * s.n + i) * s.C;
     const T* source = i >= 0 ? tokens + offset : x.data ? token_row<T>(x, b, t) : nullptr;
     T* target = out + b * out_batch_stride + t * out_token_stride;

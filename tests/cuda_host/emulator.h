@@ -24,6 +24,7 @@
 #define __shared__ static  // blocks run one after the other
 #define __launch_bounds__(...)
 
+using std::max;
 using std::min;
 
 struct dim3 {
@@ -37,7 +38,7 @@ struct int2 {
 
 inline dim3 threadIdx, blockIdx;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorNoDevice = 100, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorNoDevice = 100 };
 using cudaStream_t = struct Stream*;
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -188,11 +189,6 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 
-inline void __trap() {
-    emulator::last_error = cudaErrorLaunchFailure;
-    emulator::finish();
-}
-
 inline cudaError_t cudaGetDevice(int* device) {
     *device = emulator::current_device;
     return cudaSuccess;
@@ -202,9 +198,7 @@ inline cudaError_t cudaSetDevice(int device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
-inline const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorLaunchFailure ? "unspecified launch failure" : "no CUDA-capable device is detected";
-}
+inline const char* cudaGetErrorString(cudaError_t) { return "no CUDA-capable device is detected"; }
 
 template <typename... Parameters, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Args&&... args) {

@@ -10,6 +10,7 @@ runs them in Python, on tensors of any device: slow, and meant for tests.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ def _device_reasons(device: torch.device) -> list[str]:
     return [f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"] if major < 8 else []
 
 
+def type_reasons(op: str, dtypes: Collection[torch.dtype]) -> list[str]:
+    """Why Triton itself cannot build the op's kernel for tensors of these types, on whatever device."""
+    if not op.startswith("token_cut_loss"):
+        return []
+    if interpreted():
+        return ["Triton's interpreter has no product of bfloat16 matrices"] if torch.bfloat16 in dtypes else []
+    if op == "token_cut_loss_backward" and torch.float64 in dtypes:
+        return ["Triton compiles its product of computed float64 matrices for few GPUs: neither for 8.0 nor for 9.0"]
+    return []
+
+
 def reasons(op: str, args: tuple[Any, ...]) -> list[str]:
     found = list(installed())
     if not _import_error and op not in globals():
@@ -75,8 +87,7 @@ def reasons(op: str, args: tuple[Any, ...]) -> list[str]:
             found.extend(_device_reasons(device))
     first = tensors[0]
     dtypes = {t.dtype for t in tensors}
-    if op.startswith("token_cut_loss") and interpreted() and torch.bfloat16 in dtypes:
-        found.append("Triton's interpreter has no product of bfloat16 matrices")
+    found.extend(type_reasons(op, dtypes))
     if first.dtype not in _DTYPES:
         found.append(f"it knows float32, float64, float16 and bfloat16, not {first.dtype}")
     if first.dim() == 3 and op not in _ANY_WIDTH and first.shape[2] > _MAX_CHANNELS:

@@ -1,15 +1,17 @@
 """Compiles every kernel for every supported GPU architecture, without a GPU, and shows what each one uses.
 
-``python -m idlevit_kernels.backends.triton.compile_table`` prints a row for each kernel, model shape and architecture:
-registers a thread, bytes of stack and local memory (a spill shows there), bytes of shared memory. The launches are
-recorded from the functions that the backend calls, run on tensors without data, so the table shows the very
-specialisations that a model gets.
+``python -m idlevit_kernels.backends.triton.compile_table`` prints a row for each kernel, type, model shape and
+architecture: registers a thread, bytes of stack and local memory (a spill shows there), bytes of shared memory, or the
+reason why the backend refuses the op for that type. The launches are recorded from the functions that the backend
+calls, run on tensors without data, so the table shows the very specialisations that a model gets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -22,9 +24,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...reference.layer_norm import accumulate_dtype
 from ...versions import triton_compiler
-from . import gather, norm_backward, scatter, score, select
-from .token_cut_loss import BACKWARD_CONFIGS, FORWARD_CONFIGS, token_cut_loss, token_cut_loss_backward
+from . import gather, norm_backward, scatter, score, select, type_reasons
+from .token_cut_loss import backward_configs, forward_configs, token_cut_loss, token_cut_loss_backward
 
 ARCHITECTURES = (80, 90, 100, 120)
 _TYPES = {
@@ -40,7 +43,6 @@ class Shape:
     C: int
     B: int = 64
     keep: float = 0.7
-    dtype: torch.dtype = torch.bfloat16
 
 
 SHAPES = (
@@ -48,6 +50,24 @@ SHAPES = (
     Shape("DeiT-B", 197, 768),
     Shape("ViT-L 384", 577, 1024),
     Shape("DINOv2-L 518", 1370, 1024),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Types:
+    """Of the tokens, and how products of float32 matrices are computed."""
+
+    name: str
+    dtype: torch.dtype
+    precision: str = "ieee"
+
+
+TYPES = (
+    Types("bfloat16", torch.bfloat16),
+    Types("float16", torch.float16),
+    Types("float32", torch.float32),
+    Types("float32 tf32", torch.float32, "tf32"),
+    Types("float64", torch.float64),
 )
 
 
@@ -76,11 +96,22 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    architecture: int
     registers: int
     stack: int
     local: int
     shared: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a launch uses on an architecture; None, and every reason, where the backend refuses it."""
+
+    model: str
+    types: str
+    launch: Launch
+    architecture: int
+    usage: Usage | None
+    reasons: tuple[str, ...] = ()
 
 
 def _specialise(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Launch:
@@ -123,17 +154,28 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def launches(shape: Shape) -> list[Launch]:
-    """Every kernel as a model of this shape, with one prefix token and LayerScale, launches it."""
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Of float32 products, as PyTorch's setting has it: "ieee" or "tf32"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def launches(shape: Shape, types: Types) -> list[Launch]:
+    """Every kernel as a model of this shape and type, with one prefix token and LayerScale, launches it."""
     B, T, C = shape.B, shape.T, shape.C
     num_keep = int(shape.keep * (T - 1))
     n = 1 + num_keep
 
-    def tensor(*sizes: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+    def tensor(*sizes: int, dtype: torch.dtype = types.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
     x, tokens, branch, vector = tensor(B, T, C), tensor(B, n, C), tensor(B, n, C), tensor(C)
-    scores, indices = tensor(B, T, dtype=torch.float32), tensor(B, n, dtype=torch.int64)
+    scores, indices = tensor(B, T, dtype=accumulate_dtype(types.dtype)), tensor(B, n, dtype=torch.int64)
     norm = (vector, vector, 1e-6)
     calls: Iterable[Callable[[], Any]] = (
         lambda: score.token_scores(x, tensor(B, C), *norm),
@@ -150,9 +192,14 @@ def launches(shape: Shape) -> list[Launch]:
         lambda: token_cut_loss(x, x, indices, 1 / 48, 1, "both"),
         lambda: token_cut_loss_backward(scores[0, 0], x, x, indices, scores, scores, 1 / 48, 1, "both"),
     )
-    configs = {"token_cut_loss": FORWARD_CONFIGS, "token_cut_loss_backward": BACKWARD_CONFIGS}
+    configs = {
+        "token_cut_loss": forward_configs(types.dtype, types.precision),
+        "token_cut_loss_backward": backward_configs(types.dtype, types.precision),
+    }
     found = []
-    for launch in (launch for call in calls for launch in record(call)):
+    with matmul_precision(types.precision):
+        recorded = [launch for call in calls for launch in record(call)]
+    for launch in recorded:
         tuned = configs.get(launch.name)
         found += [launch.configured(config) for config in tuned] if tuned else [launch]
     return found
@@ -177,42 +224,49 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
     registers, stack, local = map(int, found.groups())
-    return Usage(architecture, registers, stack, local, binary.metadata.shared)
+    return Usage(registers, stack, local, binary.metadata.shared)
 
 
-def _compile(job: tuple[int, int, int]) -> Usage:
-    shape, index, architecture = job
-    return compile_launch(_all_launches(shape)[index], architecture)
+def _compile(job: tuple[Shape, Types, int, int]) -> Usage:
+    shape, types, index, architecture = job
+    return compile_launch(_all_launches(shape, types)[index], architecture)
 
 
-@functools.cache
-def _all_launches(shape: int) -> list[Launch]:
-    return launches(SHAPES[shape])
+_all_launches = functools.cache(launches)
 
 
-def table(architectures: Iterable[int] = ARCHITECTURES, workers: int = 2) -> Iterator[tuple[str, Launch, Usage]]:
-    """Model, launch and usage of every kernel. What several models share is compiled once."""
-    jobs: dict[tuple[Launch, int], tuple[int, int, int]] = {}
+def table(
+    architectures: Iterable[int] = ARCHITECTURES, types: Iterable[Types] = TYPES, workers: int = 2
+) -> Iterator[Row]:
+    """A row for every kernel, model, type and architecture. What several of them share is compiled once."""
+    jobs: dict[tuple[Launch, int], tuple[Shape, Types, int, int]] = {}
     rows = []
-    for architecture in architectures:
-        for i, shape in enumerate(SHAPES):
-            for j, launch in enumerate(_all_launches(i)):
-                jobs.setdefault((launch, architecture), (i, j, architecture))
-                rows.append((shape.name, launch, architecture))
+    for kind, architecture, shape in itertools.product(types, architectures, SHAPES):
+        for i, launch in enumerate(_all_launches(shape, kind)):
+            reasons = tuple(type_reasons(launch.name, [kind.dtype]))
+            rows.append(Row(shape.name, kind.name, launch, architecture, None, reasons))
+            if not reasons:
+                jobs.setdefault((launch, architecture), (shape, kind, i, architecture))
     # A spawned worker imports the kernels itself: CUDA and Triton state do not survive a fork.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         usages = dict(zip(jobs, pool.map(_compile, jobs.values()), strict=True))
-    for name, launch, architecture in rows:
-        yield name, launch, usages[launch, architecture]
+    for row in rows:
+        yield dataclasses.replace(row, usage=usages.get((row.launch, row.architecture)))
 
 
-def lines(rows: Iterable[tuple[str, Launch, Usage]]) -> Iterator[str]:
-    yield f"{'model':14} {'kernel':24} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'local':>5} {'shared':>6}"
-    for model, launch, usage in rows:
-        yield (
-            f"{model:14} {launch.name:24} {usage.architecture:4} {dict(launch.options)['num_warps']:5} "
-            f"{usage.registers:9} {usage.stack:5} {usage.local:5} {usage.shared:6}"
-        )
+def lines(rows: Iterable[Row]) -> Iterator[str]:
+    yield (
+        f"{'model':12} {'types':12} {'kernel':24} {'sm':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'local':>5}"
+        f" {'shared':>6}"
+    )
+    for row in rows:
+        name = f"{row.model:12} {row.types:12} {row.launch.name:24} {row.architecture:4}"
+        if row.usage is None:
+            yield f"{name} refused: {'; '.join(row.reasons)}"
+            continue
+        u = row.usage
+        warps = dict(row.launch.options)["num_warps"]
+        yield f"{name} {warps:5} {u.registers:9} {u.stack:5} {u.local:5} {u.shared:6}"
 
 
 if __name__ == "__main__":

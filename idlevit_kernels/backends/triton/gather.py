@@ -1,4 +1,5 @@
-"""gather_tokens and gather_add_norm: the kept rows into a compact buffer."""
+"""gather_tokens and gather_add_norm: the kept rows into a compact buffer. An index outside [0, T) acts as the nearest
+valid one."""
 
 # mypy: allow-untyped-defs
 
@@ -9,14 +10,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import STREAM_PROGRAMS, contiguous_channels, launch, row_tile, walk
-from .rows import add_branch, branch_factor, dense_offsets, normalize_rows, own_rows, parameter, tile_offsets, widen
+from .rows import (
+    add_branch,
+    branch_factor,
+    dense_offsets,
+    load_tokens,
+    normalize_rows,
+    own_rows,
+    parameter,
+    tile_offsets,
+    widen,
+)
 
 
-@triton.jit(do_not_specialize=["n", "steps"])
+@triton.jit(do_not_specialize=["T", "n", "steps"])
 def _gather_tokens(
     x,  # [B, T, C], channels contiguous
     indices,  # [B, n]
     out,  # [B, n, C]
+    T,
     n,
     steps,
     batch_stride,
@@ -29,13 +41,13 @@ def _gather_tokens(
     columns = tl.arange(0, BLOCK_C)
     for step in range(steps):
         slots = first + step * ROWS + tl.arange(0, ROWS)
-        token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
+        token = load_tokens(indices + image * n, slots, n, T)
         mask = (slots < n)[:, None] & (columns < C)[None, :]
         row = tl.load(x + tile_offsets(image, token, columns, batch_stride, token_stride), mask=mask, other=0.0)
         tl.store(out + dense_offsets(image, slots, columns, n, C), row, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "steps"])
+@triton.jit(do_not_specialize=["T", "n", "steps"])
 def _gather_add_norm(
     x,  # [B, T, C], channels contiguous
     indices,  # [B, n]
@@ -45,6 +57,7 @@ def _gather_add_norm(
     bias,  # [C] or None
     tokens,  # [B, n, C]
     normed,  # [B, n, C]
+    T,
     n,
     steps,
     batch_stride,
@@ -65,7 +78,7 @@ def _gather_add_norm(
     b = parameter(bias, columns, in_row, 0.0, dtype)
     for step in range(steps):
         slots = first + step * ROWS + tl.arange(0, ROWS)
-        token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
+        token = load_tokens(indices + image * n, slots, n, T)
         mask = (slots < n)[:, None] & in_row[None, :]
         compact = dense_offsets(image, slots, columns, n, C)
         row = tl.load(x + tile_offsets(image, token, columns, batch_stride, token_stride), mask=mask, other=0.0)
@@ -79,11 +92,11 @@ def _gather_add_norm(
 
 def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     x, indices = contiguous_channels(x), indices.contiguous()
-    (B, n), C = indices.shape, x.shape[2]
+    (B, n), (_, T, C) = indices.shape, x.shape
     out = x.new_empty((B, n, C))
-    tile = row_tile(C)
+    tile = row_tile(C, x.dtype)
     steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
-    launch(_gather_tokens, programs, x.device, x, indices, out, n, steps, x.stride(0), x.stride(1), **tile)
+    launch(_gather_tokens, programs, x.device, x, indices, out, T, n, steps, x.stride(0), x.stride(1), **tile)
     return out
 
 
@@ -99,13 +112,14 @@ def gather_add_norm(
 ) -> tuple[Tensor, Tensor]:
     x, indices, branch = contiguous_channels(x), indices.contiguous(), branch.contiguous()
     gamma, norm_weight, norm_bias = (None if p is None else p.contiguous() for p in (gamma, norm_weight, norm_bias))
-    (B, n), C = indices.shape, x.shape[2]
+    (B, n), (_, T, C) = indices.shape, x.shape
     tokens, normed = x.new_empty((B, n, C)), x.new_empty((B, n, C))
-    tile = row_tile(C)
+    # Of half types too, the assembler spills a register for the sake of one program more (Triton 3.6, 10.0).
+    tile = {"maxnreg": 72} | row_tile(C, x.dtype)
     steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
     launch(
         _gather_add_norm, programs, x.device,
-        x, indices, branch, gamma, norm_weight, norm_bias, tokens, normed, n, steps, x.stride(0), x.stride(1),
+        x, indices, branch, gamma, norm_weight, norm_bias, tokens, normed, T, n, steps, x.stride(0), x.stride(1),
         SCALE=scale, EPS=eps, **tile,
     )  # fmt: skip
     return tokens, normed

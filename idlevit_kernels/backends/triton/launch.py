@@ -23,16 +23,21 @@ SEARCH_PROGRAMS = 1024
 _MAX_STEPS = 8
 
 
-def row_tile(channels: int) -> dict[str, int]:
+def row_tile(channels: int, dtype: torch.dtype) -> dict[str, int]:
     """Meta arguments of the kernels that hold whole rows in registers.
 
-    A function of C alone and not tuned by timing: these kernels are bound by memory, any tile near this size reaches
+    The tile is a function of C alone and not tuned by timing: these kernels are bound by memory, any tile near this size reaches
     the same bandwidth, and the order in which a row is summed follows from the tile. With a tile chosen by timing, the
     same image could get other score bits in another process, hence other tokens where scores nearly tie.
     """
     block = max(16, triton.next_power_of_2(channels))
     rows = min(_MAX_ROWS, max(1, _TILE // block))
-    return {"C": channels, "BLOCK_C": block, "ROWS": rows, "num_warps": max(4, block // 512)}
+    tile = {"C": channels, "BLOCK_C": block, "ROWS": rows, "num_warps": max(4, block // 512)}
+    if dtype.itemsize >= 4:
+        # The assembler aims at many programs at a time and would rather spill a register of a wide row than have one
+        # program less: not where it is told how many there may be.
+        tile["maxnreg"] = 128 if dtype.itemsize == 4 else 255
+    return tile
 
 
 def walk(batch: int, rows: int, tile_rows: int, programs: int) -> tuple[int, int]:
@@ -76,8 +81,8 @@ _fastest: dict[tuple[Any, ...], dict[str, int]] = {}
 def tuned(
     key: tuple[Any, ...], configs: Sequence[dict[str, int]], run: Callable[[dict[str, int]], None], device: torch.device
 ) -> dict[str, int]:
-    """The fastest configuration for the key, timed once a process; the first one where timing is off or impossible."""
-    if device.type != "cuda" or env.get("IDLEVIT_AUTOTUNE", "1") == "0":
+    """The fastest configuration for the key, timed once a process; the first where timing is off or decides nothing."""
+    if len(configs) == 1 or device.type != "cuda" or env.get("IDLEVIT_AUTOTUNE", "1") == "0":
         return configs[0]
     key = (*key, device.index)
     if key not in _fastest:

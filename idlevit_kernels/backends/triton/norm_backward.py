@@ -75,7 +75,7 @@ def gather_norm_backward(
     grad, x, indices = grad.contiguous(), contiguous_channels(x), indices.contiguous()
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     (B, T, C), n = x.shape, indices.shape[1]
-    tile = row_tile(C)
+    tile = row_tile(C, x.dtype)
     steps, programs = walk(B, T, tile["ROWS"], SEARCH_PROGRAMS)
     grad_x = x.new_empty((B, T, C))
     partial = x.new_empty((2, programs, C), dtype=accumulate_dtype(x.dtype))

@@ -78,6 +78,12 @@ def add_branch(tokens, branch, factor, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_tokens(indices, slots, n, T):
+    """The tokens in the slots, of n indices. A wrong index becomes the nearest token: no address outside the tensor."""
+    return tl.minimum(tl.maximum(tl.load(indices + slots, mask=slots < n, other=0), 0), T - 1).to(tl.int32)
+
+
+@triton.jit
 def first_slot(indices, token, T, n, halvings):
     """The slot of the first index >= token.
 
@@ -101,4 +107,5 @@ def find_slots(indices, tokens, slot, n, ROWS: tl.constexpr):
     entries = tl.load(indices + slots, mask=slots < n, other=-1)
     match = entries[None, :] == tokens[:, None]  # [ROWS tokens, ROWS slots]
     kept = tl.sum(match.to(tl.int32), 1) > 0
-    return kept, tl.sum(tl.where(match, slots[None, :], 0), 1)
+    # The largest, not the sum: of an index that comes twice, by mistake, the sum would lie past the last slot.
+    return kept, tl.max(tl.where(match, slots[None, :], 0), 1)

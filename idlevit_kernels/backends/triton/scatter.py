@@ -1,4 +1,8 @@
-"""scatter_tokens, scatter_add_tokens and expand_tokens, copying and in place."""
+"""scatter_tokens, scatter_add_tokens and expand_tokens, copying and in place.
+
+An index outside [0, T) acts as the nearest valid one in place, and names no row where a new tensor is written. Indices
+that do not ascend give rows of other tokens; nothing outside the tensors is read or written.
+"""
 
 # mypy: allow-untyped-defs
 
@@ -9,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SEARCH_PROGRAMS, STREAM_PROGRAMS, contiguous_channels, halvings, launch, row_tile, walk
-from .rows import add_branch, branch_factor, dense_offsets, find_slots, first_slot, own_rows, tile_offsets
+from .rows import add_branch, branch_factor, dense_offsets, find_slots, first_slot, load_tokens, own_rows, tile_offsets
 
 
 @triton.jit(do_not_specialize=["T", "n", "halvings", "steps"])
@@ -58,13 +62,14 @@ def _scatter_tokens(
         tl.store(out + dense_offsets(image, rows, columns, T, C), row, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "steps"])
+@triton.jit(do_not_specialize=["T", "n", "steps"])
 def _scatter_tokens_in_place(
     x,  # [B, T, C], channels contiguous
     indices,  # [B, n]
     tokens,  # [B, n, C]
     branch,  # [B, n, C] or None
     gamma,  # [C] or None
+    T,
     n,
     steps,
     batch_stride,
@@ -81,7 +86,7 @@ def _scatter_tokens_in_place(
     factor = branch_factor(gamma, columns, in_row, SCALE, dtype)
     for step in range(steps):
         slots = first + step * ROWS + tl.arange(0, ROWS)
-        token = tl.load(indices + image * n + slots, mask=slots < n, other=0)
+        token = load_tokens(indices + image * n, slots, n, T)
         mask = (slots < n)[:, None] & in_row[None, :]
         compact = dense_offsets(image, slots, columns, n, C)
         row = tl.load(tokens + compact, mask=mask, other=0.0)
@@ -104,7 +109,7 @@ def _scatter(
     branch, gamma = (None if t is None else t.contiguous() for t in (branch, gamma))
     B, n, C = tokens.shape
     out = (tokens if x is None else x).new_empty((B, num_tokens, C))
-    tile = row_tile(C)
+    tile = row_tile(C, tokens.dtype)
     steps, programs = walk(B, num_tokens, tile["ROWS"], SEARCH_PROGRAMS)
     batch_stride, token_stride = (0, 0) if x is None else (x.stride(0), x.stride(1))
     launch(
@@ -122,11 +127,12 @@ def _scatter_in_place(
     indices, tokens = indices.contiguous(), tokens.contiguous()
     branch, gamma = (None if t is None else t.contiguous() for t in (branch, gamma))
     B, n, C = tokens.shape
-    tile = row_tile(C)
+    tile = row_tile(C, tokens.dtype)
     steps, programs = walk(B, n, tile["ROWS"], STREAM_PROGRAMS)
     launch(
         _scatter_tokens_in_place, programs, x.device,
-        target, indices, tokens, branch, gamma, n, steps, target.stride(0), target.stride(1), SCALE=scale, **tile,
+        target, indices, tokens, branch, gamma, x.shape[1], n, steps, target.stride(0), target.stride(1), SCALE=scale,
+        **tile,
     )  # fmt: skip
     if target is not x:
         x.copy_(target)

@@ -53,7 +53,7 @@ def token_scores(
     norm_weight, norm_bias = (None if p is None else p.contiguous() for p in (norm_weight, norm_bias))
     B, T, C = x.shape
     scores = x.new_empty((B, T), dtype=accumulate_dtype(x.dtype))
-    tile = row_tile(C)
+    tile = row_tile(C, x.dtype)
     steps, programs = walk(B, T, tile["ROWS"], STREAM_PROGRAMS)
     launch(
         _token_scores, programs, x.device,

@@ -179,9 +179,11 @@ def select_gather_norm(
     n = num_prefix_tokens + num_keep
     indices = x.new_empty((B, n), dtype=torch.int64)
     normed = x.new_empty((B, n, C))
-    tile = row_tile(C)
+    tile = row_tile(C, x.dtype)
     block, warps = _key_block(T - num_prefix_tokens)
     tile["num_warps"] = max(tile["num_warps"], warps)
+    if "maxnreg" in tile:
+        tile["maxnreg"] = 128  # what 16 warps can have
     steps, programs = walk(B, n, tile["ROWS"], SEARCH_PROGRAMS)
     launch(
         _select_gather_norm, programs, x.device,

@@ -29,9 +29,18 @@ BACKWARD_CONFIGS = (
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
     {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
 )
+# tf32 products read operands twice as wide.
+TF32_FORWARD_CONFIGS = tuple({**config, "BLOCK_K": 32} for config in FORWARD_CONFIGS)
+TF32_BACKWARD_CONFIGS = (
+    {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+    {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 128, "num_warps": 8, "num_stages": 2},
+)
 # float32 products in full precision and float64 ones run on the ordinary cores and keep their operands in registers.
-WIDE_FORWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},)
-WIDE_BACKWARD_CONFIGS = ({**WIDE_FORWARD_CONFIGS[0], "BLOCK_D": 64},)
+DOUBLE_FORWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},)
+WIDE_FORWARD_CONFIGS = ({**DOUBLE_FORWARD_CONFIGS[0], "maxnreg": 128},)
+WIDE_BACKWARD_CONFIGS = (
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
+)
 
 
 @triton.jit
@@ -180,7 +189,7 @@ def _token_cut_loss_backward(
     tl.store(out + rows.to(tl.int64)[:, None] * C + channels[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def product_precision(dtype: torch.dtype) -> str:
     """float32 products follow ``torch.set_float32_matmul_precision``; other types have one precision."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if tf32 else "ieee"
@@ -194,8 +203,18 @@ def _key(name: str, q: Tensor, precision: str) -> tuple[str, int, int, torch.dty
 Configs = tuple[dict[str, int], ...]
 
 
-def _configs(q: Tensor, precision: str, fast: Configs, wide: Configs) -> Configs:
-    return wide if q.dtype == torch.float64 or (q.dtype == torch.float32 and precision == "ieee") else fast
+def forward_configs(dtype: torch.dtype, precision: str) -> Configs:
+    if dtype == torch.float64:
+        return DOUBLE_FORWARD_CONFIGS
+    if dtype == torch.float32:
+        return TF32_FORWARD_CONFIGS if precision == "tf32" else WIDE_FORWARD_CONFIGS
+    return FORWARD_CONFIGS
+
+
+def backward_configs(dtype: torch.dtype, precision: str) -> Configs:
+    if dtype == torch.float32 and precision == "tf32":
+        return TF32_BACKWARD_CONFIGS
+    return WIDE_BACKWARD_CONFIGS if dtype.itemsize >= 4 else BACKWARD_CONFIGS
 
 
 def token_cut_loss(
@@ -206,7 +225,7 @@ def token_cut_loss(
     sides = token_sides(indices, T, num_prefix_tokens)
     lse = q.new_empty((B, T), dtype=accumulate_dtype(q.dtype))
     share = torch.empty_like(lse)
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
 
     def run(config: dict[str, int]) -> None:
         launch(
@@ -215,7 +234,7 @@ def token_cut_loss(
             SCALE=scale, PRECISION=precision, **config,
         )  # fmt: skip
 
-    configs = _configs(q, precision, FORWARD_CONFIGS, WIDE_FORWARD_CONFIGS)
+    configs = forward_configs(q.dtype, precision)
     run(tuned(_key("token_cut_loss", q, precision), configs, run, q.device))
     return cut_loss(share, sides, kind), lse, share
 
@@ -237,7 +256,7 @@ def token_cut_loss_backward(
     sides = token_sides(indices, T, num_prefix_tokens)
     factor = 2 * row_weights(sides, kind, share.dtype) * share
     grad = grad.to(share.dtype) * (scale / max(1, B * T))
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
 
     def gradient(a: Tensor, b: Tensor, of_keys: bool) -> Tensor:
         out = a.new_empty((B, T, C))
@@ -250,7 +269,7 @@ def token_cut_loss_backward(
                 OF_KEYS=of_keys, SCALE=scale, PRECISION=precision, **config,
             )  # fmt: skip
 
-        configs = _configs(q, precision, BACKWARD_CONFIGS, WIDE_BACKWARD_CONFIGS)
+        configs = backward_configs(q.dtype, precision)
         run(tuned(_key(f"token_cut_loss_backward_{of_keys}", q, precision), configs, run, q.device))
         return out
 

@@ -8,6 +8,8 @@ them with arguments that ``functional`` would accept.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.compiler import is_compiling
 
 from . import backends, reference
 from .reference.layer_norm import accumulate_dtype
-from .versions import forward_ad_active, function_mode_active, functorch_active, ordinary_dispatch
+from .versions import forward_ad_active, functorch_active, ordinary_dispatch
 
 _lib = torch.library.Library("idlevit", "DEF")
 
@@ -35,7 +37,6 @@ def direct(*args: Any) -> bool:
         or is_grad_enabled()
         or args[0].is_meta
         or not ordinary_dispatch()
-        or function_mode_active()
         or forward_ad_active()
     ):
         return False
@@ -164,6 +165,78 @@ def cls_select_gather_norm(
         direction = cls_direction(x, *norm, qkv_weight, qkv_bias, backend=backend)
         scores = token_scores(x, direction, *norm, backend=backend)
     return select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
+
+
+class Calls:
+    """The ops of a block, each called on one backend.
+
+    Attributes:
+        direct: whether they go past PyTorch's dispatcher; then nobody but the caller can see a tensor in between.
+    """
+
+    def __init__(self, direct: bool, functions: Mapping[str, Any]):
+        self.direct = direct
+        self.cls_direction = functions["cls_direction"]
+        self.token_scores = functions["token_scores"]
+        self.select_tokens = functions["select_tokens"]
+        self.select_gather_norm = functions["select_gather_norm"]
+        self.cls_select_gather_norm = functions["cls_select_gather_norm"]
+        self.gather_tokens = functions["gather_tokens"]
+        self.gather_add_norm = functions["gather_add_norm"]
+        self.scatter_add_tokens = functions["scatter_add_tokens"]
+        self.scatter_add_tokens_ = functions["scatter_add_tokens_"]
+        self.token_cut_loss = functions["token_cut_loss"]
+
+
+_calls: dict[Any, Calls] = {}
+
+
+def calls_for(x: Tensor, backend: str) -> Calls:
+    """The ops for tokens x [B, T, C] and what is computed from them and from plain parameters.
+
+    Where a dispatcher has nothing to do, one look at x is enough for all of them, and each kernel is looked up once for
+    all calls that are alike. ``backend`` is a name that ``resolve`` has returned.
+    """
+    if not direct(x):
+        return _dispatching(backend)
+    key = (backend, x.dtype, x.device, x.shape[1:])
+    found = _calls.get(key)
+    if found is None:
+        functions = {name: backends.kernel(name, backend, (x,)) for name in _IN_BLOCKS}
+        functions["scatter_add_tokens_"] = _noticed_by_autograd(functions["scatter_add_tokens_"])
+        functions["cls_select_gather_norm"] = backends.kernel(
+            "cls_select_gather_norm", backend, (x,), like="select_gather_norm"
+        ) or functools.partial(cls_select_gather_norm, backend=backend)
+        functions |= {name: functools.partial(op, backend=backend) for name, op in _SELDOM.items()}
+        found = _calls[key] = Calls(True, functions)
+    return found
+
+
+_SELDOM = {"token_cut_loss": token_cut_loss, "select_tokens": select_tokens}
+_IN_BLOCKS = {
+    "cls_direction": cls_direction,
+    "token_scores": token_scores,
+    "select_gather_norm": select_gather_norm,
+    "gather_tokens": gather_tokens,
+    "gather_add_norm": gather_add_norm,
+    "scatter_add_tokens": scatter_add_tokens,
+    "scatter_add_tokens_": scatter_add_tokens_,
+}
+
+
+def _dispatching(backend: str) -> Calls:
+    ops = {**_IN_BLOCKS, **_SELDOM, "cls_select_gather_norm": cls_select_gather_norm}
+    return Calls(False, {name: functools.partial(op, backend=backend) for name, op in ops.items()})
+
+
+def _noticed_by_autograd(in_place: Any) -> Any:
+    def call(x: Tensor, *args: Any) -> None:
+        check_inference(x)
+        in_place(x, *args)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+    return call
 
 
 # Fakes: what each op returns, without computing it.

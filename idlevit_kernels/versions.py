@@ -115,10 +115,13 @@ def _find_ordinary_dispatch() -> Callable[[], bool]:
     inference = DispatchKeySet(DispatchKey.BackendSelect)
     ordinary = {inference.raw_repr(), inference.add(DispatchKey.ADInplaceOrView).raw_repr()}
 
+    has_torch_function, plain = torch.overrides.has_torch_function, (torch.empty(0),)
+
     def ordinary_dispatch() -> bool:
         return (
             not _is_any_autocast_enabled()
             and not _profiler_enabled()
+            and not has_torch_function(plain)  # it is true of a plain tensor only within a TorchFunctionMode
             and _dispatch_tls_local_include_set().raw_repr() in ordinary
         )
 
@@ -133,18 +136,7 @@ ordinary_dispatch: Callable[[], bool] = _probe(
     "every op goes through torch's dispatcher",
 )
 """Whether torch's dispatcher has nothing to do for a plain tensor without gradients but to find the kernel: no
-transform, tracer, dispatch mode, autocast or profiler in this thread. Since torch 2.1. Fallback: False."""
-
-
-_plain_tensor = torch.empty(0)
-
-
-def function_mode_active() -> bool:
-    """Whether a ``TorchFunctionMode`` sees the calls of this thread, as under ``torch.set_default_device``.
-
-    ``torch.overrides.has_torch_function`` is public, and true of a plain tensor only then.
-    """
-    return torch.overrides.has_torch_function((_plain_tensor,))
+transform, tracer, dispatch or function mode, autocast or profiler in this thread. Since torch 2.1. Fallback: False."""
 
 
 def _find_functorch_level() -> Callable[[], bool]:

@@ -69,7 +69,7 @@ class CPUOps(native.NativeOps):
         query, direction = x.new_empty((B, width)), x.new_empty((B, C))
         failure = self.call(
             "cls_direction", x, dtype, B, T, 0, C, x.data_ptr(), by_image, by_token, *at_norm, eps, at_weight,
-            0 if qkv_bias is None else native.address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
+            0 if qkv_bias is None else qkv_bias.data_ptr() or native.address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("cls_direction", failure, None, T)
@@ -108,7 +108,7 @@ class CPUOps(native.NativeOps):
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
             "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
-            *at_norm, eps, at_weight, 0 if qkv_bias is None else native.address(qkv_bias), width, workspace.data_ptr(),
+            *at_norm, eps, at_weight, 0 if qkv_bias is None else qkv_bias.data_ptr() or native.address(qkv_bias), width, workspace.data_ptr(),
             indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:

@@ -87,7 +87,10 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
         if t.dtype is not dtype or not t.is_contiguous():
             t = dense(t, dtype)
             owners.append(t)
-        addresses.append(address(t))
+        at = t.data_ptr()
+        if not at:
+            address(t)  # refuses it, unless it is empty
+        addresses.append(at)
     return Parameters(codes, addresses, owners)
 
 
@@ -258,10 +261,10 @@ class NativeOps(abc.ABC):
         branch = _dense_or_none(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
-        source = (0, 0, 0) if x is None else (address(x), *x.stride()[:2])
+        source = (0, 0, 0) if x is None else (x.data_ptr() or address(x), *x.stride()[:2])
         failure = self.call(
             "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
-            0 if branch is None else address(branch), at_gamma, scale, out.data_ptr(), by_image, by_token,
+            0 if branch is None else branch.data_ptr() or address(branch), at_gamma, scale, out.data_ptr(), by_image, by_token,
         )  # fmt: skip
         if failure:
             raise self.error(op, failure, indices, T)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -14,12 +13,11 @@ from .. import ops, versions
 from ..backends import resolve
 from ..errors import refuse_renamed, type_error, value_error
 from ..functional import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
-from ..reference.layer_norm import accumulate_dtype
 from ..reference.token_cut_loss import ROW_WEIGHTS
 from ..schedule import check_ratio, num_kept
-from .chain import IdleOutput, run
+from .chain import IdleOutput, all_kept, run, with_indices
 from .context import Context
-from .parts import Form, Parts, dense_kind, find_form, find_parts, form_of_kind
+from .parts import Form, Parts, find_form, find_parts, form_of_kind
 from .scoring import Scorer, Select, Selection, check_scorer, check_select
 
 InPlace = bool | Literal["unseen"]
@@ -111,7 +109,10 @@ def idle_block(
     check_integer(op, "num_keep", num_keep)
     context = context or Context.NOTHING
     out, _ = _compute(op, x, block, num_keep, num_prefix_tokens, selection, context, None, inplace, backend, None)
-    return (out.tokens, out.indices) if return_indices else out.tokens
+    if not return_indices:
+        return out.tokens
+    out = with_indices(out, num_prefix_tokens + num_keep)
+    return out.tokens, out.indices
 
 
 def _compute(
@@ -122,24 +123,25 @@ def _compute(
     num_prefix_tokens: int,
     selection: Selection,
     context: Context,
-    dense: Callable[[], Tensor] | None,
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None,
     inplace: InPlace,
     backend: str,
     cut: str | None,
 ) -> tuple[IdleOutput, bool]:
     """The block on the K = ``keep`` (a count) or int(keep * N) (a ratio) best image tokens.
 
-    Where all are kept and a part of the block is hooked or patched, ``dense`` computes it, by default the block's own
-    forward: only that makes the very calls that somebody waits for. Also returned: whether nobody else can hold the
-    tokens, which is not known of those that the block's own forward made.
+    Where all are kept and a part of the block is hooked or patched, the block's own forward computes it, with what it
+    was ``given`` beside x (None: what the context says): only that makes the very calls that somebody waits for. Also
+    returned: whether nobody else can hold the tokens, which is not known of those that the block's own forward made.
     """
     parts = find_parts(block)
     if isinstance(parts, str):
         if keep == 1.0 and type(keep) is float:
-            dense = dense or (lambda: dense_kind(block).forward(block, x))
-            return IdleOutput(dense(), _all_indices(x), None if cut is None else _nothing_cut(x)), False
+            args, named = given or ((), {})
+            return all_kept(x, _own_forward(block)(x, *args, **named), cut), False
         raise TypeError(f"{op}: block must be one that can idle, got {parts}")
-    tokens, context, leave = parts.form.enter(block, x, context)
+    form = parts.form
+    tokens, context, leave = (x, context, None) if form.alone is context else form.enter(block, x, context)
     _check_tokens(op, x, tokens, parts)
     if isinstance(keep, float):
         num_keep = num_kept(keep, tokens.shape[1] - num_prefix_tokens)
@@ -153,9 +155,10 @@ def _compute(
     elif inplace:
         _check_inplace(op, x, block)
     if num_keep == tokens.shape[1] - num_prefix_tokens and not parts.plain:
-        out = dense() if dense is not None else dense_kind(block).forward(block, x, **parts.form.arguments(context))
+        args, named = given or ((), form.arguments(context))
+        out = _own_forward(block)(x, *args, **named)
         out = x.copy_(out) if inplace else out
-        return IdleOutput(out, _all_indices(tokens), None if cut is None else _nothing_cut(x)), False
+        return all_kept(x, out, cut), False
     if cut not in (None, "none") and parts.attention.cut_reason:
         raise TypeError(f"{op}: return_cut must be 'none' or None here: {parts.attention.cut_reason}, got {cut!r}")
     found = run(
@@ -166,6 +169,15 @@ def _compute(
         return found, True
     out = leave(found.tokens)
     return found._replace(tokens=x.copy_(out) if inplace else out), True
+
+
+def _own_forward(block: Any) -> Any:
+    """The forward of the block's class, of an idle block that of its dense class."""
+    return (
+        super(IdleBlock, block).forward
+        if isinstance(block, IdleBlock)
+        else functools.partial(type(block).forward, block)
+    )
 
 
 def _check_tokens(op: str, x: Tensor, tokens: Tensor, parts: Parts) -> None:
@@ -209,14 +221,6 @@ def _check_inplace(op: str, x: Tensor, block: nn.Module) -> None:
         raise value_error(op, "inplace", IN_PLACE, True)
 
 
-def _all_indices(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-
-
-def _nothing_cut(x: Tensor) -> Tensor:
-    return x.new_zeros((), dtype=accumulate_dtype(x.dtype))
-
-
 # The block of a model
 
 
@@ -242,8 +246,7 @@ class Idling:
 
     keep: int | float
     num_prefix_tokens: int
-    scorer: Any
-    select: Any
+    selection: Selection
 
 
 # What an idle block has of its own; the rest lies on the dense block, too.
@@ -299,7 +302,7 @@ class IdleBlock(nn.Module):
         keep = check_ratio(op, keep_ratio) if num_keep is None else check_count(op, num_keep)  # type: ignore[arg-type]
         scorer, select = check_scorer(op, scorer, num_prefix_tokens), check_select(op, select)
         self.__dict__.update(block.__dict__)
-        self.__dict__["_idling"] = Idling(keep, num_prefix_tokens, scorer, select)
+        self.__dict__["_idling"] = Idling(keep, num_prefix_tokens, Selection(scorer, select, self))
         self.__dict__["_dense"] = (block,)  # in a tuple, so that it is no sub-module
         found = find_parts(self)  # a compiler knows the classes that were met before
         if isinstance(found, str):
@@ -342,11 +345,11 @@ class IdleBlock(nn.Module):
 
     @property
     def scorer(self) -> Any:
-        return self._idling.scorer
+        return self._idling.selection.scorer
 
     @property
     def select(self) -> Any:
-        return self._idling.select
+        return self._idling.selection.select
 
     @property
     def idles(self) -> bool:
@@ -381,27 +384,23 @@ class IdleBlock(nn.Module):
             raise value_error(op, "return_cut", f"one of {list(ROW_WEIGHTS)}", return_cut)
         if "cut" in kwargs:
             refuse_renamed(op, {"cut": kwargs["cut"]}, _RENAMED)
-        context = self.form.context(self, *args, **kwargs)
-
-        def dense() -> Tensor:
-            return super(IdleBlock, self).forward(x, *args, **kwargs)  # type: ignore[misc]
-
-        out, _ = self._compute(x, context, dense, inplace, return_cut)
-        return out.tokens if return_cut is None else out
-
-    def _compute(
-        self, x: Tensor, context: Context, dense: Callable[[], Tensor] | None, inplace: InPlace, cut: str | None
-    ) -> tuple[IdleOutput, bool]:
-        idling = self._idling
-        selection = Selection(idling.scorer, idling.select, self)
-        return _compute(
-            "IdleBlock", x, self, idling.keep, idling.num_prefix_tokens, selection, context, dense, inplace, "auto", cut
-        )
+        idling, context = self._idling, self.form.alone
+        if args or kwargs or context is None:
+            context = self.form.context(self, *args, **kwargs)
+        out, _ = _compute(
+            op, x, self, idling.keep, idling.num_prefix_tokens, idling.selection, context, (args, kwargs), inplace,
+            "auto", return_cut,
+        )  # fmt: skip
+        return out.tokens if return_cut is None else with_indices(out, x.shape[1])
 
     def step(self, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
         """The output for x, and whether nobody else can hold it. If that is so of x (``owned``), it is written into x,
         unless a module is given x itself."""
-        out, owned = self._compute(x, Context.NOTHING, None, "unseen" if owned and self.idles else False, None)
+        idling = self._idling
+        out, owned = _compute(
+            "IdleBlock", x, self, idling.keep, idling.num_prefix_tokens, idling.selection, Context.NOTHING, ((), {}),
+            "unseen" if owned and self.idles else False, "auto", None,
+        )  # fmt: skip
         return out.tokens, owned
 
     def watched(self) -> bool:
@@ -449,8 +448,8 @@ class IdleBlock(nn.Module):
     def extra_repr(self) -> str:
         idling, base = self._idling, super().extra_repr()
         keep = f"keep_ratio={idling.keep:g}" if isinstance(idling.keep, float) else f"num_keep={idling.keep}"
-        own = f"{keep}, num_prefix_tokens={idling.num_prefix_tokens}, scorer={idling.scorer!r}"
-        own += "" if idling.select == "top" else f", select={idling.select!r}"
+        own = f"{keep}, num_prefix_tokens={idling.num_prefix_tokens}, scorer={self.scorer!r}"
+        own += "" if self.select == "top" else f", select={self.select!r}"
         return f"{base}, {own}" if base else own
 
 

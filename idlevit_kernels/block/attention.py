@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
 from ..errors import describe
+from ..ops import Calls
 from ..reference.layer_norm import accumulate_dtype
 from . import scoring
 from .context import Context
@@ -137,12 +137,17 @@ class SelfAttention:
         if self.qkv is None:
             q, k, v = self._apart(*(p(y) for p in self.separate))
         else:
-            q, k, v = self._all_of(y).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self._split(self._all_of(y), 3)
         return *self._turn(q, k, context), v
 
     def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         head_dim = query.shape[2] // self.heads
         return tuple(heads_apart(t, head_dim) for t in (query, *others))
+
+    def _split(self, t: Tensor, count: int) -> tuple[Tensor, ...]:
+        """[B, n, count * H * head_dim] -> as many times [B, H, n, head_dim]."""
+        B, n, width = t.shape
+        return t.view(B, n, count, self.heads, width // (count * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _all_of(self, y: Tensor) -> Tensor:
         assert self.qkv is not None
@@ -171,7 +176,9 @@ class SelfAttention:
         if k.shape[1] != q.shape[1]:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        if self.attn_drop is None:
+        if self.dropout == 0.0 and self.fused:  # each argument more costs a microsecond
+            out = F.scaled_dot_product_attention(q, k, v)
+        elif self.attn_drop is None:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, scale=self.scale)
         else:
             assert self.scale is not None
@@ -204,18 +211,18 @@ class SelfAttention:
             assert weight is not None
             both = 2 * (weight.shape[0] // 3)
             q_and_k = linear(normed, weight[:both], None if bias is None else bias[:both])
-            q, k = q_and_k.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k = self._split(q_and_k, 2)
         return Projected(*self._turn(q, k, context), None)
 
-    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, calls: Calls) -> Tensor:
         if not self.written:
             return self.call(y, context)
         # Heads together, each is a tensor of tokens, [B, T, A].
-        q, k = (ops.gather_tokens(heads_together(t), indices, backend=backend) for t in prepared[:2])
+        q, k = (calls.gather_tokens(heads_together(t), indices) for t in prepared[:2])
         if prepared.v is None:
             v = self.projections()[2](y)
         else:
-            v = ops.gather_tokens(heads_together(prepared.v), indices, backend=backend)
+            v = calls.gather_tokens(heads_together(prepared.v), indices)
         head_dim = prepared.q.shape[3]
         return self.out(self.attend(*(heads_apart(t, head_dim) for t in (q, k, v))), y)
 
@@ -252,13 +259,13 @@ class SelfAttention:
         acc = accumulate_dtype(normed.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
 
-    def cut(self, prepared: Projected, indices: Tensor, num_prefix_tokens: int, kind: str, backend: str) -> Tensor:
+    def cut(self, prepared: Projected, indices: Tensor, num_prefix_tokens: int, kind: str, calls: Calls) -> Tensor:
         q, k = prepared.q, prepared.k
         if k.shape[1] != q.shape[1]:  # several heads of queries share one of keys
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         assert self.cut_scale is not None
         q, k, scale = heads_together(q), heads_together(k), self.cut_scale / self.heads
-        return ops.token_cut_loss(q, k, indices, scale, num_prefix_tokens, kind, backend=backend)[0]
+        return calls.token_cut_loss(q, k, indices, scale, num_prefix_tokens, kind)[0]
 
 
 _KNOWN = ("Attention", "AttentionRope", "EvaAttention")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops import Calls, calls_for
 from ..reference.layer_norm import accumulate_dtype
 from .context import Context
 from .parts import Parts
@@ -25,21 +25,13 @@ class IdleOutput(NamedTuple):
 
     Attributes:
         tokens: [B, T, C].
-        indices: of the computed tokens, [B, P + K] int64, ascending.
+        indices: of the computed tokens, [B, P + K] int64, ascending. (Within this package None stands for all.)
         token_cut: the token cut loss, a scalar; None if it was not asked for.
     """
 
     tokens: Tensor
-    indices: Tensor
+    indices: Any
     token_cut: Tensor | None
-
-
-class Kept(NamedTuple):
-    """The tokens that a layer computes."""
-
-    indices: Tensor  # [B, n]
-    y: Tensor  # norm1 of them, [B, n, C]
-    prepared: Any  # what the attention has of all tokens already, or None
 
 
 def run(
@@ -55,53 +47,67 @@ def run(
     cut: str | None = None,
 ) -> IdleOutput:
     """One block on the tokens x [B, T, C]: K = ``num_keep`` image tokens of each row are computed, the others idle."""
-    images = context.images(x)
+    calls = calls_for(x, backend)
     if num_keep == x.shape[1] - num_prefix_tokens:
-        out = _dense(x, parts, context, images)
-        nothing_cut = None if cut is None else x.new_zeros((), dtype=accumulate_dtype(x.dtype))
-        return IdleOutput(x.copy_(out) if inplace else out, _all_indices(x), nothing_cut)
+        out = _dense(x, parts, context, calls)
+        return all_kept(x, x.copy_(out) if inplace else out, cut)
 
-    measured = cut not in (None, "none")
-    indices, y, prepared = choose(x, parts, num_keep, num_prefix_tokens, selection, context, measured, backend)
-    token_cut = None if cut is None else x.new_zeros((), dtype=accumulate_dtype(x.dtype))
+    measured = cut is not None and cut != "none"
+    indices, y, prepared = choose(x, parts, num_keep, num_prefix_tokens, selection, context, measured, calls)
+    token_cut = None if cut is None else nothing_cut(x)
     if cut is not None and measured:
-        token_cut = parts.attention.cut(prepared, indices, num_prefix_tokens, cut, backend)
+        token_cut = parts.attention.cut(prepared, indices, num_prefix_tokens, cut, calls)
     context = context.take(indices, num_prefix_tokens)
     if prepared is None:
         branch = parts.attention(y, context)  # [B, n, C]
     else:
-        branch = parts.attention.among(y, prepared, indices, context, backend)
+        branch = parts.attention.among(y, prepared, indices, context, calls)
 
-    branch, gamma, factor = parts.branch1(branch, images), parts.branch1.gamma, parts.branch1.factor
-    norm2 = parts.norm2
+    branch1, branch2, norm2 = parts.branch1, parts.branch2, parts.norm2
+    branch, gamma, factor = branch if branch1.bare else branch1(branch, context), branch1.gamma, branch1.factor
     if norm2 is not None and norm2.plain and norm2.parameters is not None:
-        tokens, y = ops.gather_add_norm(x, indices, branch, gamma, factor, *norm2.parameters, backend=backend)
+        tokens, y = calls.gather_add_norm(x, indices, branch, gamma, factor, *norm2.parameters)
     else:
         branch = branch if gamma is None else gamma * branch
-        tokens = torch.add(ops.gather_tokens(x, indices, backend=backend), branch, alpha=factor)
+        tokens = torch.add(calls.gather_tokens(x, indices), branch, alpha=factor)
         y = tokens if norm2 is None else norm2(tokens)
-    branch = parts.branch2(parts.mlp(y), images)  # [B, n, C]
+    branch = parts.mlp(y)  # [B, n, C]
 
-    gamma, factor = parts.branch2.gamma, parts.branch2.factor
+    branch, gamma, factor = branch if branch2.bare else branch2(branch, context), branch2.gamma, branch2.factor
     if inplace:
-        ops.scatter_add_tokens_(x, indices, tokens, branch, gamma, factor, backend=backend)
+        calls.scatter_add_tokens_(x, indices, tokens, branch, gamma, factor)
         return IdleOutput(x, indices, token_cut)
-    out = ops.scatter_add_tokens(x, indices, tokens, branch, gamma, factor, backend=backend)
+    out = calls.scatter_add_tokens(x, indices, tokens, branch, gamma, factor)
     return IdleOutput(out, indices, token_cut)
 
 
-def _dense(x: Tensor, parts: Parts, context: Context, images: int) -> Tensor:
+def _dense(x: Tensor, parts: Parts, context: Context, calls: Calls) -> Tensor:
     """The block on all tokens: nothing to score, gather or scatter."""
-    y = x if parts.norm1 is None else context.zero_padding(parts.norm1(x), None)
-    x = parts.branch1.add(x, parts.attention(y, context), images)
+    y = x if parts.norm1 is None else parts.norm1(x)
+    y = context.zero_padding(y, None) if context.pads else y
+    x = parts.branch1.add(x, parts.attention(y, context), context)
     norm2 = parts.norm2
     y = x if norm2 is None else norm2(x)
-    owned = norm2 is not None and norm2.plain and ops.direct(x)  # nobody else was given x
-    return parts.branch2.add(x, parts.mlp(y), images, owned)
+    owned = calls.direct and norm2 is not None and norm2.plain  # nobody else was given x
+    return parts.branch2.add(x, parts.mlp(y), context, owned)
 
 
-def _all_indices(x: Tensor) -> Tensor:
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+def all_kept(x: Tensor, tokens: Tensor, cut: str | None) -> IdleOutput:
+    """What a layer without idle tokens returns for x."""
+    return IdleOutput(tokens, None, None if cut is None else nothing_cut(x))
+
+
+def with_indices(out: IdleOutput, num_tokens: int) -> IdleOutput:
+    """With those of all tokens, if none idles; ``num_tokens`` T of each row."""
+    if out.indices is not None:
+        return out
+    tokens = out.tokens
+    rows = tokens.numel() // max(1, num_tokens * tokens.shape[-1])  # windows of a grid, too
+    return out._replace(indices=torch.arange(num_tokens, device=tokens.device).expand(rows, -1))
+
+
+def nothing_cut(x: Tensor) -> Tensor:
+    return x.new_zeros((), dtype=accumulate_dtype(x.dtype))
 
 
 def choose(
@@ -112,9 +118,10 @@ def choose(
     selection: Selection,
     context: Context,
     measured: bool,
-    backend: str,
-) -> Kept:
-    """Scores all tokens and keeps the best; ``measured``: the cut loss will want queries and keys of all tokens.
+    calls: Calls,
+) -> tuple[Tensor, Tensor, Any]:
+    """Scores all tokens and keeps the best: their indices [B, n], norm1 of them [B, n, C], and what the attention has
+    of all tokens already, or None. ``measured``: the cut loss will want queries and keys of all tokens.
 
     Each module is called once: a norm or projection whose formula is not known on all tokens, of which the kept ones
     are gathered; one whose formula is known scores by its parameters and is called on the kept tokens.
@@ -125,52 +132,52 @@ def choose(
     if norm is not None and norm.parameters is not None and norm.plain and not prepares and not selection.own:
         front = attention.front(scorer, context)
         if front is not None:
-            found = ops.cls_select_gather_norm(
-                x, num_keep, num_prefix_tokens, *norm.parameters, *front, backend=backend
-            )
-            return Kept(*found, None)
+            indices, y = calls.cls_select_gather_norm(x, num_keep, num_prefix_tokens, *norm.parameters, *front)
+            return indices, y, None
 
     normed = prepared = None
     if prepares or not readable:
-        normed = x if norm is None else context.zero_padding(norm(x), None)
+        normed = x if norm is None else norm(x)
+        normed = context.zero_padding(normed, None) if context.pads else normed
         prepared = attention.prepare(normed, context) if prepares else None
     with torch.no_grad():  # selection has no gradient
         if selection.own:
             scores = selection.scores(x, num_keep, num_prefix_tokens)
         else:
-            scores = _scores(x, parts, scorer, context, normed, prepared, backend)
+            scores = _scores(x, parts, scorer, context, normed, prepared, calls)
 
     if normed is None and norm is not None and norm.parameters is not None and norm.plain:
-        indices, y = ops.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm.parameters, backend=backend)
-        return Kept(indices, context.zero_padding(y, indices), prepared)
-    indices = ops.select_tokens(scores, num_keep, num_prefix_tokens, backend=backend)
+        indices, y = calls.select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm.parameters)
+        return indices, context.zero_padding(y, indices) if context.pads else y, prepared
+    indices = calls.select_tokens(scores, num_keep, num_prefix_tokens)
     if normed is not None:
-        return Kept(indices, ops.gather_tokens(normed, indices, backend=backend), prepared)
+        return indices, calls.gather_tokens(normed, indices), prepared
     assert norm is not None
-    y = norm(ops.gather_tokens(x, indices, backend=backend))
-    return Kept(indices, context.zero_padding(y, indices), prepared)
+    y = norm(calls.gather_tokens(x, indices))
+    return indices, context.zero_padding(y, indices) if context.pads else y, prepared
 
 
 def _scores(
-    x: Tensor, parts: Parts, scorer: str, context: Context, normed: Tensor | None, prepared: Any, backend: str
+    x: Tensor, parts: Parts, scorer: str, context: Context, normed: Tensor | None, prepared: Any, calls: Calls
 ) -> Tensor:
     """[B, T]; normed is norm1 of all tokens, if it had to be called on them."""
     norm, attention = parts.norm1, parts.attention
     if norm is not None and norm.parameters is not None:
         front = attention.front(scorer, context)
         if front is not None:
-            u = ops.cls_direction(x, *norm.parameters, *front, backend=backend)
-            return ops.token_scores(x, u, *norm.parameters, backend=backend)
+            u = calls.cls_direction(x, *norm.parameters, *front)
+            return calls.token_scores(x, u, *norm.parameters)
 
         def queries() -> Tensor:
             if scorer == "cls":
-                return norm.formula(x[:, 0])
-            return (norm.formula(x) if normed is None else normed).mean(1)
+                return norm.read()(x[:, 0])
+            return (norm.read()(x) if normed is None else normed).mean(1)
 
         u = attention.direction(scorer, context, queries)
         if u is not None:
-            return ops.token_scores(x, u, *norm.parameters, backend=backend)
+            return calls.token_scores(x, u, *norm.parameters)
     if normed is None:
         assert norm is not None
-        normed = context.zero_padding(norm.formula(x), None)
+        normed = norm.read()(x)
+        normed = context.zero_padding(normed, None) if context.pads else normed
     return attention.scores(normed, prepared, scorer, context)

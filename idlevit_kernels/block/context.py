@@ -19,6 +19,7 @@ class Context:
     """
 
     NOTHING: ClassVar[Context]
+    pads: ClassVar[bool] = False  # whether some tokens may be padding, which ``zero_padding`` clears
 
     rope: Tensor | None = None
     grid: tuple[int, int] | None = None
@@ -38,7 +39,7 @@ class Context:
         return {} if self.rope is None else {"rope": self.rope}
 
     def zero_padding(self, normed: Tensor, indices: Tensor | None) -> Tensor:
-        """Normalised tokens [rows, n, C] with zeros where there is no token, but padding."""
+        """Normalised tokens [rows, n, C] with zeros where there is padding in place of a token."""
         return normed
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import ops, versions
@@ -37,9 +38,12 @@ class Linear(NamedTuple):
         return self._replace(plain=self.weight is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.plain and self.weight is not None:
-            return linear(x, self.weight, self.bias)
-        return self.module(x)
+        weight = self.weight
+        if not self.plain or weight is None:
+            return self.module(x)
+        if _use_onednn(x, weight):
+            return versions.onednn_linear(x, weight, self.bias)
+        return F.linear(x, weight, self.bias)
 
 
 @functools.cache
@@ -55,11 +59,11 @@ _MIN_MACS = 2**25
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # first: a compiler cannot trace all that follows
+        not is_compiling()  # first: a compiler cannot trace all that follows
+        and x.numel() * weight.shape[0] >= _MIN_MACS
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
-        and x.numel() * weight.shape[0] >= _MIN_MACS
         and _onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
@@ -70,9 +74,7 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` through whichever library is faster."""
-    if _use_onednn(x, weight):
-        return versions.onednn_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return Linear(None, weight, bias, True)(x)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -80,7 +82,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
     if _use_onednn(x, weight):
         return versions.onednn_linear(x, weight, bias, approximate)
     hidden = F.linear(x, weight, bias)
-    if ops.direct(hidden):  # nobody else holds it
+    if not torch.is_grad_enabled():  # nobody else holds it
         return torch.ops.aten.gelu_.default(hidden, approximate=approximate)
     return F.gelu(hidden, approximate=approximate)
 
@@ -121,4 +123,4 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
 def recompute_gelu() -> bool:
     """Whether ``gelu_linear`` is to be called. A compiler decides by itself what to compute again."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not ops.transformed()
+    return torch.is_grad_enabled() and not is_compiling() and not ops.transformed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .linear import Linear, gelu_linear, linear_gelu, recompute_gelu
@@ -28,11 +29,14 @@ class Mlp(NamedTuple):
 
     def __call__(self, y: Tensor) -> Tensor:
         fc1, fc2, gelu = self.fc1, self.fc2, self.approximate
-        simple = self.drop1 is None and self.norm is None
-        if gelu is not None and simple and fc2.plain and fc2.weight is not None and recompute_gelu():
-            out = gelu_linear(fc1(y), fc2.weight, fc2.bias, gelu)
-        else:
+        if gelu is None or self.drop1 is not None or self.norm is not None:
             out = fc2(self._hidden(y))
+        elif torch.is_grad_enabled() and fc2.plain and fc2.weight is not None and recompute_gelu():
+            out = gelu_linear(fc1(y), fc2.weight, fc2.bias, gelu)
+        elif fc1.plain and fc1.weight is not None:
+            out = fc2(linear_gelu(y, fc1.weight, fc1.bias, gelu))
+        else:
+            out = fc2(self.act(fc1(y)))
         return out if self.drop2 is None else self.drop2(out)
 
     def _hidden(self, y: Tensor) -> Tensor:
@@ -40,8 +44,6 @@ class Mlp(NamedTuple):
         if self.gated:
             first, second = fc1(y).chunk(2, -1)
             hidden = first * self.act(second) if self.gate_last else self.act(first) * second
-        elif self.approximate is not None and fc1.plain and fc1.weight is not None:
-            hidden = linear_gelu(y, fc1.weight, fc1.bias, self.approximate)
         else:
             hidden = self.act(fc1(y))
         if self.drop1 is not None:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import versions
-from ..ops import PLAIN
+from ..ops import PLAIN, Calls
 from .context import Context
 from .linear import Linear
 
@@ -28,7 +29,7 @@ from .linear import Linear
 def plain_tensor(value: Any) -> bool:
     """No subclass that brings operators of its own (quantised, distributed), no lazy minus sign; None counts as one.
     What a tracer puts in a parameter's place will do."""
-    return value is None or torch.compiler.is_compiling() or (type(value) in PLAIN and not value.is_neg())
+    return value is None or is_compiling() or (type(value) in PLAIN and not value.is_neg())
 
 
 # Is a forward the library's own? Its name and module do not tell: what replaces a function often copies them.
@@ -60,7 +61,7 @@ def _is_own(kind: type, forward: Any) -> bool:
 
 def own_forward(kind: type) -> bool:
     """Whether ``kind.forward`` is the one that stands in the source of the class that defines it."""
-    return torch.compiler.is_compiling() or _is_own(kind, kind.forward)  # type: ignore[attr-defined]
+    return is_compiling() or _is_own(kind, kind.forward)  # type: ignore[attr-defined]
 
 
 _TORCH_KINDS: dict[str, type] = {
@@ -84,7 +85,7 @@ def find_kind(name: str) -> type | None:
 def kind_name(kind: type, names: tuple[str, ...]) -> str | None:
     """Which of these classes this is. A compiler only finds what was met before, as in ``IdleBlock.__init__``."""
     found = _names.get(kind)
-    if found is None and not torch.compiler.is_compiling():
+    if found is None and not is_compiling():
         found = next((name for name in names if find_kind(name) is kind), None)
         if found is None or versions.changed_forward(kind, found):
             return None
@@ -102,7 +103,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.disturbed = False
-        self._recording = not torch.compiler.is_compiling()  # a compiled graph has guards of its own
+        self._recording = not is_compiling()  # a compiled graph has guards of its own
         self._global_hooks = self._recording and bool(versions.any_global_module_hook())
         self._modules: list[nn.Module] = []
         self._kinds: dict[type, None] = {}
@@ -116,7 +117,7 @@ class Watch:
         if self._recording:
             attributes = module.__dict__
             places = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"], attributes]
-            for place in [p for p in places if name in p] or places:
+            for place in [p for p in places if name in p] or places[2:]:
                 self._remember(place, name)
         return getattr(module, name, default)
 
@@ -206,14 +207,14 @@ class Norm(NamedTuple):
     casts: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.formula(x) if self.plain and not self.casts else self.module(x)
-
-    def formula(self, x: Tensor) -> Tensor:
-        """LN(x) from the parameters, without a call of the module."""
-        if self.parameters is None or self.casts:
+        if not self.plain or self.casts or self.parameters is None:
             return self.module(x)
         weight, bias, eps = self.parameters
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def read(self) -> Norm:
+        """The same, by its parameters if they can be read, whoever watches the module."""
+        return self._replace(plain=self.parameters is not None)
 
 
 def find_norm(module: Any, watch: Watch) -> Norm:
@@ -251,7 +252,7 @@ def find_optional(module: Any, watch: Watch) -> Any:
     return module
 
 
-class Branch(NamedTuple):
+class Branch:
     """What happens to the output of attention or MLP before it is added to the tokens.
 
     Attributes:
@@ -259,15 +260,16 @@ class Branch(NamedTuple):
         scale: a module that scales it (LayerScale) and has to be called.
         gamma, factor: LayerScale's [C] or None, and a number, that the fused kernels multiply with.
         drop: stochastic depth, or None.
+        bare: whether there is nothing but gamma and factor.
     """
 
-    norm: Any = None
-    scale: Any = None
-    gamma: Tensor | None = None
-    factor: float = 1.0
-    drop: Any = None
+    def __init__(
+        self, norm: Any = None, scale: Any = None, gamma: Tensor | None = None, factor: float = 1.0, drop: Any = None
+    ):
+        self.norm, self.scale, self.gamma, self.factor, self.drop = norm, scale, gamma, factor, drop
+        self.bare = norm is None and scale is None and drop is None
 
-    def __call__(self, branch: Tensor, images: int) -> Tensor:
+    def __call__(self, branch: Tensor, context: Context) -> Tensor:
         """branch [rows, n, C]; gamma and factor are left to the caller. Stochastic depth leaves out whole images,
         each of which may be several rows (windows)."""
         if self.norm is not None:
@@ -275,15 +277,19 @@ class Branch(NamedTuple):
         if self.scale is not None:
             branch = self.scale(branch)
         if self.drop is not None:
+            images = context.images(branch)
             branch = self.drop(branch.reshape(images, -1, branch.shape[2])).view_as(branch)
         return branch
 
-    def add(self, tokens: Tensor, branch: Tensor, images: int, owned: bool = False) -> Tensor:
+    def add(self, tokens: Tensor, branch: Tensor, context: Context, owned: bool = False) -> Tensor:
         """tokens + the branch; written into the tokens if they are ``owned``."""
-        branch = self(branch, images)
+        if not self.bare:
+            branch = self(branch, context)
         if self.gamma is not None:
             branch = self.gamma * branch
-        return tokens.add_(branch, alpha=self.factor) if owned else torch.add(tokens, branch, alpha=self.factor)
+        if self.factor != 1.0:
+            branch = branch * self.factor
+        return tokens.add_(branch) if owned else tokens + branch
 
 
 _DINOV2_DROPS = ("Dinov2DropPath", "Dinov2WithRegistersDropPath")
@@ -344,54 +350,56 @@ class Attention(Protocol):
     def scores(self, normed: Tensor, prepared: Any, scorer: str, context: Context) -> Tensor:
         """[B, T], as the block's own logits rank the tokens."""
 
-    def cut(self, prepared: Any, indices: Tensor, num_prefix_tokens: int, kind: str, backend: str) -> Tensor:
+    def cut(self, prepared: Any, indices: Tensor, num_prefix_tokens: int, kind: str, calls: Calls) -> Tensor:
         """The token cut loss, a scalar."""
 
-    def among(self, y: Tensor, prepared: Any, indices: Tensor, context: Context, backend: str) -> Tensor:
+    def among(self, y: Tensor, prepared: Any, indices: Tensor, context: Context, calls: Calls) -> Tensor:
         """Attention of the kept tokens [B, n, C], from what was prepared of all. ``context`` is that of the kept."""
 
     def __call__(self, y: Tensor, context: Context) -> Tensor:
         """Attention of the tokens y, [B, n, C]."""
 
 
-class Parts(NamedTuple):
+class Parts:
     """What a block consists of: x + branch1(attention(norm1(x))), then x + branch2(mlp(norm2(x))).
 
     Attributes:
         norm1, norm2: None where attention or MLP read the tokens as they are (post-norm blocks).
+        watch, form: what read the block, and knows how it is called.
         plain: nothing in the block is hooked, patched or compiled by itself.
     """
 
-    norm1: Norm | None
-    attention: Attention
-    branch1: Branch
-    norm2: Norm | None
-    mlp: Callable[[Tensor], Tensor]
-    branch2: Branch
-    watch: Watch
-    form: Any  # a Form
-
-    @property
-    def plain(self) -> bool:
-        return not self.watch.disturbed
+    def __init__(
+        self,
+        norm1: Norm | None,
+        attention: Attention,
+        branch1: Branch,
+        norm2: Norm | None,
+        mlp: Callable[[Tensor], Tensor],
+        branch2: Branch,
+        watch: Watch,
+        form: Any,
+    ):
+        self.norm1, self.attention, self.branch1 = norm1, attention, branch1
+        self.norm2, self.mlp, self.branch2 = norm2, mlp, branch2
+        self.watch = watch
+        self.form: Form = form
+        self.plain = not watch.disturbed
 
 
 # How a kind of block is read and called
 
 
-class Entered(NamedTuple):
-    """A block's input as the chain takes it."""
-
-    tokens: Tensor  # [B, T, C]
-    context: Context
-    leave: Callable[[Tensor], Tensor] | None  # makes the block's output of the chain's
+# A block's input as the chain takes it: tokens [B, T, C], their context, what makes the block's output of the chain's.
+Entered = tuple[Tensor, Context, Callable[[Tensor], Tensor] | None]
 
 
 class Form(Protocol):
     """How blocks of one kind are read and called; a family of models registers those that it knows."""
 
     blocks: tuple[str, ...]  # the classes, by the names they have in ``versions.CLASSES``
-    sequence: bool  # whether it takes tokens [B, T, C] alone, so that the kept ones make an input, too
+    sequence: bool  # whether it takes tokens [B, T, C], so that the kept ones make an input, too
+    alone: Context | None  # the context of a call with x alone; None if ``context`` has to be asked
 
     def why_unsupported(self, block: Any) -> str | None:
         """Why the block cannot idle, beyond its class and forward; None if it can."""
@@ -479,9 +487,9 @@ _known: weakref.WeakKeyDictionary[nn.Module, Parts] = weakref.WeakKeyDictionary(
 
 def find_parts(block: Any) -> Parts | str:
     """The block's parts, looked up again when something has changed; or why the block cannot idle."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and isinstance(block, nn.Module):
-        known = _known.get(block)
+    compiling = is_compiling()
+    if not compiling:
+        known = _known.get(block) if isinstance(block, nn.Module) else None
         if known is not None and known.watch.holds():
             return known
     form = block.form if compiling and hasattr(type(block), "form") else find_form(block)

@@ -16,7 +16,7 @@ projection that is no plain Linear), or each head turns by angles of its own, th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,23 +54,19 @@ def check_select(op: str, select: Any) -> Any:
     raise value_error(op, "select", expected, select)
 
 
-class Selection(NamedTuple):
+class Selection:
     """How tokens are chosen.
 
     Attributes:
         scorer: "cls", "mean", "random", or a function (x [B, T, C], block) -> scores [B, T].
         select: "top", the largest scores, or a function (image tokens [B, N, C], K) -> their indices [B, K].
         block: what the scorer is called with.
+        own: whether the scores are not the block's own attention logits.
     """
 
-    scorer: Any
-    select: Any = "top"
-    block: nn.Module | None = None
-
-    @property
-    def own(self) -> bool:
-        """Whether the scores are not the block's own attention logits."""
-        return self.select != "top" or callable(self.scorer) or self.scorer == "random"
+    def __init__(self, scorer: Any, select: Any = "top", block: nn.Module | None = None):
+        self.scorer, self.select, self.block = scorer, select, block
+        self.own = select != "top" or callable(scorer) or scorer == "random"
 
     def scores(self, x: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
         """[B, T]; of a ``select`` of its own, 1 for the tokens that it chose and 0 for the others."""

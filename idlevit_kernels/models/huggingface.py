@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..block.attention import Projected, SelfAttention, check_branch, heads_apart, heads_together
 from ..block.context import Context
 from ..block.parts import Entered, Parts, Watch, definer, find_branch, find_kind, find_linear, find_norm, register_form
 from ..errors import value_error
+from ..ops import Calls
 from ..versions import library_class
 
 NAME = "transformers ViT, DeiT or DINOv2"
@@ -51,10 +51,10 @@ class LayerAttention(SelfAttention):
         out = self.module(y)
         return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
 
-    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, calls: Calls) -> Tensor:
         if self.output is None:
             return self.call(y, context)
-        q, k = (ops.gather_tokens(heads_together(t), indices, backend=backend) for t in prepared[:2])
+        q, k = (calls.gather_tokens(heads_together(t), indices) for t in prepared[:2])
         q, k, v = (heads_apart(t, prepared.q.shape[3]) for t in (q, k, self.separate[2](y)))
         return self.output(
             heads_together(F.scaled_dot_product_attention(q, k, v, None, self.dropout, scale=self.scale))
@@ -66,6 +66,7 @@ class LayerForm:
 
     blocks: tuple[str, ...] = tuple(_LAYERS)
     sequence = True
+    alone: Context | None = None
 
     def why_unsupported(self, layer: Any) -> str | None:
         name, own = type(layer).__name__, definer(type(layer))
@@ -119,7 +120,7 @@ class LayerForm:
         return {}
 
     def enter(self, layer: Any, x: Tensor, context: Context) -> Entered:
-        return Entered(x, context, None)
+        return x, context, None
 
 
 def _part(layer: Any, name: str, watch: Watch) -> Any:

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..block.attention import heads_apart
 from ..block.context import Context
 from ..block.linear import linear
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
 from ..errors import value_error
+from ..ops import Calls
 from ..reference.layer_norm import accumulate_dtype
 from ..versions import library_class
 from .grid import attend, put_blocks, through_hooks, why_no_attention
@@ -129,6 +129,10 @@ class WindowContext(Context):
     windows: Any = None
     indices: Tensor | None = None
 
+    @property
+    def pads(self) -> bool:  # type: ignore[override]
+        return self.windows.image is not None
+
     def take(self, indices: Tensor, num_prefix_tokens: int) -> Context:
         return dataclasses.replace(self, indices=indices)
 
@@ -137,8 +141,6 @@ class WindowContext(Context):
 
     def zero_padding(self, normed: Tensor, indices: Tensor | None) -> Tensor:
         """timm normalises before it pads, so padding is zero; the norm of zero is not."""
-        if self.windows.image is None:
-            return normed
         image = self.windows.of_batch(self.windows.image, normed)
         return normed * (image if indices is None else image.gather(1, indices))[..., None]
 
@@ -245,10 +247,10 @@ class WindowAttention:
         q, k, v = self.qkv(y).chunk(3, dim=2)
         return self._out(q, k, v, context, self.table(None))
 
-    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, backend: str) -> Tensor:
+    def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, calls: Calls) -> Tensor:
         def formula(y: Tensor, context: Any) -> Tensor:
-            q, k = (ops.gather_tokens(t, indices, backend=backend) for t in prepared[:2])
-            v = self._values(y) if prepared.v is None else ops.gather_tokens(prepared.v, indices, backend=backend)
+            q, k = (calls.gather_tokens(t, indices) for t in prepared[:2])
+            v = self._values(y) if prepared.v is None else calls.gather_tokens(prepared.v, indices)
             return self._out(q, k, v, context, self.table(prepared))
 
         return self._in_module(y, context, formula)
@@ -344,6 +346,7 @@ class WindowForm:
 
     blocks: tuple[str, ...] = ("SwinTransformerBlock",)
     sequence = False
+    alone: Context | None = None
     attention_name, attention = "WindowAttention", WindowAttention
 
     def why_unsupported(self, block: Any) -> str | None:
@@ -369,7 +372,7 @@ class WindowForm:
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise value_error(type(block).__name__, "x", "a grid of tokens [B, H, W, C]", x)
         windows = Windows((x.shape[1], x.shape[2]), block.window_size, block.shift_size, x.device)
-        return Entered(windows.split(x), WindowContext(windows=windows), windows.join)
+        return windows.split(x), WindowContext(windows=windows), windows.join
 
 
 class PostNormWindowForm(WindowForm):

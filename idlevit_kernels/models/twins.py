@@ -31,6 +31,7 @@ from ..block.linear import Linear
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
 from ..errors import value_error
+from ..ops import Calls
 from ..reference.layer_norm import accumulate_dtype
 from ..versions import library_class
 from .grid import attend, put_blocks, through_hooks, why_no_attention
@@ -97,7 +98,7 @@ class PooledAttention:
         pooled = None if self.pool is None else self.prepare(y, context)
         return self._in_module(y, pooled)
 
-    def among(self, y: Tensor, prepared: Tensor, indices: Tensor, context: Context, backend: str) -> Tensor:
+    def among(self, y: Tensor, prepared: Tensor, indices: Tensor, context: Context, calls: Calls) -> Tensor:
         return self._in_module(y, prepared)
 
     def _in_module(self, y: Tensor, pooled: Tensor | None) -> Tensor:
@@ -137,6 +138,7 @@ class PooledForm:
 
     blocks: tuple[str, ...] = ("TwinsBlock",)
     sequence = False
+    alone: Context | None = None
 
     def why_unsupported(self, block: Any) -> str | None:
         kind = library_class("LocallyGroupedAttn")
@@ -172,7 +174,7 @@ class PooledForm:
         grid = context.grid
         if grid is None or (isinstance(x, Tensor) and x.dim() == 3 and grid[0] * grid[1] != x.shape[1]):
             raise value_error(type(block).__name__, "context", "Context(grid=(H, W)) with H * W tokens", grid)
-        return Entered(x, context, None)
+        return x, context, None
 
 
 register_form(PooledForm())

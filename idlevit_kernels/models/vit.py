@@ -25,6 +25,7 @@ class PreNormForm:
 
     blocks: tuple[str, ...] = ("Block",)
     sequence = True
+    alone: Context | None = Context.NOTHING
 
     def why_unsupported(self, block: Any) -> str | None:
         name = type(block).__name__
@@ -59,7 +60,7 @@ class PreNormForm:
         return {}
 
     def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
-        return Entered(x, context, None)
+        return x, context, None
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -1,4 +1,4 @@
-"""Whole blocks and models on a GPU against the float64 reference: each backend, compiled, in training, on two streams."""
+"""Whole blocks and models on a GPU against the float64 reference: each backend, compiled, in training, on streams."""
 
 from __future__ import annotations
 

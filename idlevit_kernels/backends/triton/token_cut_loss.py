@@ -38,9 +38,7 @@ TF32_BACKWARD_CONFIGS = (
 # float32 products in full precision and float64 ones run on the ordinary cores and keep their operands in registers.
 DOUBLE_FORWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},)
 WIDE_FORWARD_CONFIGS = ({**DOUBLE_FORWARD_CONFIGS[0], "maxnreg": 128},)
-WIDE_BACKWARD_CONFIGS = (
-    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-)
+WIDE_BACKWARD_CONFIGS = ({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},)
 
 
 @triton.jit

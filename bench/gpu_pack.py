@@ -46,13 +46,18 @@ def extension_key(arch: str) -> str:
 
 
 def triton_key(arch: str) -> str:
-    """Of the wheel, and of the lines that its cache keys hold: those of the kernels, and those that launch them."""
+    """Of the wheel and of the kernels' lines, which its own cache keys hold."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         raise SystemExit("gpu_pack: Triton is not installed for this Python")
     library = (Path(spec.origin).parent / "_C" / "libtriton.so").read_bytes()
-    ours = sources("idlevit_kernels/**/*.py", "bench/gpu_steps.py", "bench/gpu_pack.py", "tests/gpu/*.py")
+    ours = sources("idlevit_kernels/backends/triton/*.py")
     return digest([arch.encode(), sys.version.encode(), library, *ours])
+
+
+def launches_key() -> str:
+    """Of all that decides which kernels are launched: where it has changed, a good cache may lack some."""
+    return digest(sources("idlevit_kernels/**/*.py", "bench/gpu_steps.py", "bench/gpu_pack.py", "tests/gpu/*.py"))
 
 
 # The extension
@@ -92,8 +97,15 @@ def build_extension(target: Path, arch: str) -> None:
 # Triton: every launch on CPU tensors, compiled for the GPU's architecture by Triton's own path and not run
 
 
+class _Anything:
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _Target:
     """What Triton asks a driver for before it launches."""
+
+    utils = _Anything()  # of a real driver: what loads kernels
 
     def __init__(self, arch: str):
         from triton.backends.compiler import GPUTarget
@@ -108,11 +120,6 @@ class _Target:
 
     def get_current_target(self) -> Any:
         return self.target
-
-
-class _Anything:
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 def _stub_library() -> str:
@@ -320,6 +327,9 @@ def pack(arch: str) -> None:
     record = FOLDER / "packed.json"
     packed = json.loads(record.read_text()) if record.exists() else {}
     keys = {"arch": arch, "suffix": SUFFIX, "extension": extension_key(arch), "triton": triton_key(arch)}
+    keys["launches"] = launches_key()
+    if packed.get("launches") != keys["launches"]:
+        packed.pop("triton", None)
     for name, target, make in (
         ("extension", FOLDER / "lib", build_extension), ("triton", FOLDER / "triton", fill_triton_cache)
     ):  # fmt: skip
@@ -369,8 +379,6 @@ def use(smoke: bool) -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=not smoke)
     good = packed.get("triton") == triton_key(arch)
     print(f"use: the packed Triton cache {'is good' if good else 'is absent or of another wheel or source: compiling'}")
-    if not good:
-        shutil.rmtree(FOLDER / "triton", ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

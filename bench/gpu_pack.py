@@ -1,7 +1,7 @@
 """Prepares for a GPU where there is none (``pack``) and takes that into use where there is one (``use``).
 
-See pack_for_gpu.sh and first_contact.sh. In build/gpu: ``lib``, the extension; ``triton``, a cache for
-TRITON_CACHE_DIR; ``packed.json``, what both were made from.
+See pack_for_gpu.sh and first_contact.sh. In build/gpu: ``lib``, the extension; ``triton.tar.xz``, a cache that
+is unpacked into ``triton`` for TRITON_CACHE_DIR; ``packed.json``, what both were made from.
 """
 
 from __future__ import annotations
@@ -300,8 +300,10 @@ def _fill(job: tuple[str, int, int, str]) -> dict[str, int]:
     return cache.counts()
 
 
-def fill_triton_cache(folder: Path, arch: str) -> dict[str, int]:
-    """Compiled kernels and launchers in the folder; how many were compiled, and how often one was there already."""
+def fill_triton_cache(archive: Path, arch: str) -> dict[str, int]:
+    """Compiled kernels and launchers in an archive; how many were compiled, and how often one was there already."""
+    folder = FOLDER / "triton"
+    shutil.rmtree(folder, ignore_errors=True)
     os.environ |= {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
     workers = os.cpu_count() or 1
     jobs = [(name, i, workers, arch) for name in ("_steps", "_models", "_cases") for i in range(workers)]
@@ -311,14 +313,18 @@ def fill_triton_cache(folder: Path, arch: str) -> dict[str, int]:
             total = {key: total[key] + counts[key] for key in total}
     for path in folder.rglob("*.source"):  # read by people alone
         path.unlink()
+    # A tenth of the size; stacked cubins have much in common.
+    shutil.make_archive(str(archive).removesuffix(".tar.xz"), "xztar", FOLDER, "triton")
+    shutil.rmtree(folder)
     return total
 
 
 # The commands
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) / 2**20:.1f} MB"
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return f"{sum(p.stat().st_size for p in files) / 2**20:.1f} MB"
 
 
 def pack(arch: str) -> None:
@@ -330,14 +336,13 @@ def pack(arch: str) -> None:
     if packed.get("launches") != keys["launches"]:
         packed.pop("triton", None)
     for name, target, make in (
-        ("extension", FOLDER / "lib", build_extension), ("triton", FOLDER / "triton", fill_triton_cache)
+        ("extension", FOLDER / "lib", build_extension), ("triton", FOLDER / "triton.tar.xz", fill_triton_cache)
     ):  # fmt: skip
         if packed.get(name) == keys[name] and target.exists():
             print(f"pack: {name} is up to date, {_size(target)}", flush=True)
             continue
         packed.pop(name, None)  # what is half made must not pass for made
         record.write_text(json.dumps({**keys, "extension": None, "triton": None, **packed}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
         begin = time.perf_counter()
         found = make(target, arch)
         print(f"pack: {name} made in {time.perf_counter() - begin:.0f} s, {_size(target)} {found or ''}", flush=True)
@@ -377,6 +382,8 @@ def use(smoke: bool) -> None:
     script = "import torch, idlevit_kernels._C as c; print('use: it loads; CUDA:', c.cuda_built)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=not smoke)
     good = packed.get("triton") == triton_key(arch)
+    if good:
+        shutil.unpack_archive(FOLDER / "triton.tar.xz", FOLDER)
     print(f"use: the packed Triton cache {'is good' if good else 'is absent or of another wheel or source: compiling'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,13 @@ def test_what_was_packed_from_other_sources_is_not_used(
     text = use(extension="other", triton="other")
     assert "no packed extension" in text and "absent or of another wheel or source" in text
     assert not list((tmp_path / "package").iterdir())
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "kernel").write_text("")
+    shutil.make_archive(str(tmp_path / "triton"), "xztar", tmp_path, "triton")
+    shutil.rmtree(tmp_path / "triton")
     text = use(extension=gpu_pack.extension_key("90"), triton=gpu_pack.triton_key("90"))
     assert "the packed extension" in text and "Triton cache is good" in text
+    assert (tmp_path / "triton" / "kernel").exists()
     assert [path.name for path in (tmp_path / "package").iterdir()] == ["_C.of.another.so"]
 
 

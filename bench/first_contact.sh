@@ -22,7 +22,8 @@ part() {
   at_most=$(left)
   ((seconds < at_most)) || seconds=$at_most
   ((seconds > 0)) || { echo "first_contact: no time is left for: $*" && return; }
-  timeout --kill-after=5 "$seconds" "$@" || echo "first_contact: exit code $? of: $*"
+  # In the foreground, so that whoever ends this script ends the part with it.
+  timeout --foreground --kill-after=5 "$seconds" "$@" || echo "first_contact: exit code $? of: $*"
 }
 
 smoke=()

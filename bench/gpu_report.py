@@ -1,9 +1,9 @@
 """Everything worth knowing of this package on one NVIDIA GPU: ``python bench/gpu_report.py --steps block,model``.
 
 The steps stand in gpu_steps.py. Each part of a step runs in a process of its own, which is stopped when its share of
-``--seconds`` is over; no part can harm another. Rows go as they come to ``--output`` ($OUT if that is set), a file of JSON
-lines for each step: the first line of a part says what it ran on, the last how it ended. Tables are printed, the shortest
-last. ``--smoke`` runs the same code at tiny sizes, without a GPU too: not a measurement.
+``--seconds`` is over; no part can harm another. Rows go as they come to ``--output`` ($OUT if that is set), a file of
+JSON lines for each step: the first line of a part says what it ran on, the last how it ended. Tables are printed, the
+shortest last. ``--smoke`` runs the same code at tiny sizes, without a GPU too: not a measurement.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_steps import PROCESSES, SMOKE, STEPS, Plan, Row, Step, TritonCache, stop
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gpu_steps import PROCESSES, SMOKE, STEPS, Plan, Row, Step, TritonCache, stop
 from idlevit_kernels.info import backend_reasons, device_name, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,10 +142,10 @@ _SHOWN = 60  # rows of a step; the files have all
 def show(name: str, lines: Sequence[Row], console: Console) -> None:
     rows = [line for line in lines if line["kind"] == "row"]
     # Where most rows say that all is well, those that do not are shown.
-    notable = [row for row in rows if row.get("status", row.get("outcome")) not in ("right", "refused", "passed", "skipped")]
-    shown = notable[:_SHOWN]
-    hidden = ("kind", "step", "message")
-    columns = [c for c in dict.fromkeys(itertools.chain(*shown)) if c not in hidden and not c.endswith(("p20_us", "p80_us"))]
+    well = ("right", "refused", "passed", "skipped")
+    shown = [row for row in rows if row.get("status", row.get("outcome")) not in well][:_SHOWN]
+    hidden = ("kind", "step", "message", "p20_us", "p80_us")
+    columns = [column for column in dict.fromkeys(itertools.chain(*shown)) if not column.endswith(hidden)]
     if columns:
         table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, title=name, title_justify="left")
         for row in shown:
@@ -181,9 +181,11 @@ def bars(lines: Sequence[Row]) -> list[tuple[str, str, float | None, bool]]:
     if any("outcome" in row for row in rows):
         bar("tests that fail", 0, float(len(failed)), True)
     for side in moved:
-        bar(f"bytes/s of every op over a copy, B 256, {side}", 0.8, _best(rows, "of_copy", min, side=side, B=256, mode="graph"), False)
+        least = _best(rows, "of_copy", min, side=side, B=256, mode="graph")
+        bar(f"bytes/s of every op over a copy, B 256, {side}", 0.8, least, False)
     for name in backends:
-        bar(f"idle over dense block on n tokens, B 256, {name}", 1.08, _best(rows, "overhead", max, backend=name, B=256), True)
+        most = _best(rows, "overhead", max, backend=name, B=256)
+        bar(f"idle over dense block on n tokens, B 256, {name}", 1.08, most, True)
     small = {"model": "deit_small_patch16_224", "variant": "idle, graph"}
     bar("DeiT-S over dense, graphs, B 256", 1.35, _best(rows, "speedup", min, B=256, **small), False)
     slowest = [_best(rows, "speedup", min, B=B, **small) for B in (8, 64, 256)]

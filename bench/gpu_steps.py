@@ -1,8 +1,8 @@
 """The steps of gpu_report.py: what each measures or checks on a device, row by row.
 
-A step takes ``add``, which keeps a row as soon as it is there, its seconds, and the device. What it had not added when it
-fails or is stopped is lost, and no more. Every ratio is of two medians taken in alternation in one run, on inputs that
-rotate so that the L2 cache does not help.
+A step takes ``add``, which keeps a row as soon as it is there, its seconds, and the device. What it had not added when
+it fails or is stopped is lost, and no more. Every ratio is of two medians taken in alternation in one run, on inputs
+that rotate so that the L2 cache does not help.
 """
 
 from __future__ import annotations
@@ -279,7 +279,11 @@ def correct(
 
 
 def tests(
-    add: Add, seconds: float, device: torch.device, selection: Sequence[str] = ("tests/gpu", "-m", "gpu"), workers: int = 12
+    add: Add,
+    seconds: float,
+    device: torch.device,
+    selection: Sequence[str] = ("tests/gpu", "-m", "gpu"),
+    workers: int = 12,
 ) -> None:
     """pytest, a row a test as it ends; raises if one fails or none ran."""
     parallel = ("-n", str(workers)) if workers > 1 and importlib.util.find_spec("xdist") else ()
@@ -513,7 +517,8 @@ def model(
         images = random_inputs((B, *size), next(dense.parameters()), limit=4)
         calls: Calls = {"dense": each(dense, images), "idle": each(idle, images)}
         if graphs:
-            calls |= {f"{v}, graph": each(ik.capture(m, images[0]), images) for v, m in (("dense", dense), ("idle", idle))}
+            for variant, network in (("dense", dense), ("idle", idle)):
+                calls[f"{variant}, graph"] = each(ik.capture(network, images[0]), images)
         if compiled:
             torch.compiler.reset()
             calls["dense, compiled"] = each(torch.compile(dense, dynamic=False), images)

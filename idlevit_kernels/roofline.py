@@ -70,9 +70,10 @@ class Device:
 _GPU_LAUNCH = 2e-6
 
 # Dense bfloat16 tensor-core rate with float32 accumulation (data sheets print twice that, for sparse matrices), and
-# memory bandwidth. NVIDIA's H200 SXM data sheet, A100 SXM 80 GB data sheet, and appendix A of the Ada white paper.
+# memory bandwidth. NVIDIA's H200 SXM, H100 SXM and A100 SXM 80 GB data sheets, and appendix A of the Ada white paper.
 GPUS = (
     Device("H200", 989.5e12, 4.8e12, _GPU_LAUNCH),
+    Device("H100", 989.5e12, 3.35e12, _GPU_LAUNCH),
     Device("A100", 312e12, 2.039e12, _GPU_LAUNCH),
     Device("RTX 4090", 165.2e12, 1.008e12, _GPU_LAUNCH),
 )

@@ -1,4 +1,4 @@
-"""capture: a whole model as one CUDA graph. What it refuses shows anywhere; that it replays, in gpu/test_gpu_capture.py."""
+"""capture: a whole model as one CUDA graph. What it refuses shows anywhere; replays: gpu/test_gpu_capture.py."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def test_more_work_takes_longer(field: str, device: Device) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_faster_devices_and_less_traffic_take_less(shape: Shape) -> None:
-    h200, a100, _ = GPUS
-    assert predict(shape, h200).idle < predict(shape, a100).idle
+    h200, h100, a100, _ = GPUS
+    assert predict(shape, h200).idle < predict(shape, h100).idle < predict(shape, a100).idle
     assert predict(shape, h200, inplace=True).idle < predict(shape, h200).idle
     assert h200.seconds(idle_block_steps(shape, fused_gelu=True)) < h200.seconds(idle_block_steps(shape))
 

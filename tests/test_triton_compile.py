@@ -1,5 +1,5 @@
-"""Compiles every Triton kernel for every type and architecture, without a GPU: ``pytest -s tests/test_triton_compile.py``
-prints the table. No kernel may spill registers or need a stack, and what is not compiled must have a reason."""
+"""Compiles every Triton kernel for every type and architecture, without a GPU: ``pytest -s`` on this file prints the
+table. No kernel may spill registers or need a stack, and what is not compiled must have a reason."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ _MAX_STEPS = 8
 def row_tile(channels: int, dtype: torch.dtype) -> dict[str, int]:
     """Meta arguments of the kernels that hold whole rows in registers.
 
-    The tile is a function of C alone and not tuned by timing: these kernels are bound by memory, any tile near this size reaches
-    the same bandwidth, and the order in which a row is summed follows from the tile. With a tile chosen by timing, the
-    same image could get other score bits in another process, hence other tokens where scores nearly tie.
+    The tile is a function of C alone and not tuned by timing: these kernels are bound by memory, any tile near this
+    size reaches the same bandwidth, and the order in which a row is summed follows from the tile. With a tile chosen by
+    timing, the same image could get other score bits in another process, hence other tokens where scores nearly tie.
     """
     block = max(16, triton.next_power_of_2(channels))
     rows = min(_MAX_ROWS, max(1, _TILE // block))

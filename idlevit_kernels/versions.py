@@ -35,7 +35,7 @@ FLOORS = {
     "torch": "2.9.1",
     "timm": "1.0.26",
     "triton": "3.5.1",
-    "transformers": "4.57.6",
+    "transformers": "5.18.0",
     "numpy": "1.26.4",
 }
 """The oldest versions that the tests are run on, those of pyproject.toml (``tests/matrix.sh`` runs them)."""
@@ -497,7 +497,7 @@ _ATTENTION = (
 _ROTARY = "apply_rot_embed_cat cat getattr k_proj num_prefix_tokens q_proj torch type_as v_proj"
 _BLOCK = "attn drop_path1 drop_path2 mlp norm1 norm2"
 _WINDOWS = "attn_drop num_heads permute proj proj_drop qkv reshape shape softmax torch transpose unbind unsqueeze view"
-_VIT_LAYER = "attention dropout intermediate layernorm_after layernorm_before mlp output"
+_VIT_LAYER = "attention dropout layernorm_after layernorm_before mlp"
 _DINOV2_LAYER = "attention drop_path layer_scale1 layer_scale2 mlp norm1 norm2"
 _READS = {
     "Attention": _ATTENTION,

@@ -32,9 +32,9 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 
 FLOORS = {
     "Python": "3.10",
-    "torch": "2.9.1",
+    "torch": "2.10.0",
     "timm": "1.0.26",
-    "triton": "3.5.1",
+    "triton": "3.6.0",
     "transformers": "5.18.0",
     "numpy": "1.26.4",
 }

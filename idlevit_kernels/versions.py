@@ -10,7 +10,6 @@ model of a library that nobody imported cannot exist.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -365,17 +364,6 @@ def attention_ops() -> list[tuple[Any, Any]]:
 
 
 # The compiler
-
-
-def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
-    """Within it, ``torch.compile`` compiles one function so many times before it gives up.
-
-    ``torch.compiler.config`` is public and has the limit in torch 2.11, not in 2.9: there ``torch._dynamo.config`` has.
-    """
-    config: Any = torch.compiler.config
-    if not hasattr(config, "recompile_limit"):
-        config = torch._dynamo.config
-    return config.patch(recompile_limit=limit)
 
 
 def missing_cpp_compiler() -> str | None:

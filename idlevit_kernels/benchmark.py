@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, versions
+from . import backends
 from .block import IdleBlock
 from .complexity import count_macs
 from .errors import Words, value_error
@@ -212,7 +212,7 @@ class ModelBenchmark:
         calls = self._calls(variants, (batch, *self.input_size))
         steps.begin(f"batch {batch}, models", seconds)
         try:
-            with versions.recompile_limit(1 + len(variants)):
+            with torch.compiler.config.patch(recompile_limit=1 + len(variants)):
                 timings = alternate(calls, seconds, _MIN_ROUNDS, self.device, steps)
         except Interrupted as interrupted:
             self._add_models(result, batch, interrupted.timings)

@@ -10,7 +10,6 @@ model of a library that nobody imported cannot exist.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -32,10 +31,10 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 
 FLOORS = {
     "Python": "3.10",
-    "torch": "2.9.1",
+    "torch": "2.10.0",
     "timm": "1.0.26",
-    "triton": "3.5.1",
-    "transformers": "4.57.6",
+    "triton": "3.6.0",
+    "transformers": "5.18.0",
     "numpy": "1.26.4",
 }
 """The oldest versions that the tests are run on, those of pyproject.toml (``tests/matrix.sh`` runs them)."""
@@ -363,17 +362,6 @@ def attention_ops() -> list[tuple[Any, Any]]:
 # The compiler
 
 
-def recompile_limit(limit: int) -> contextlib.AbstractContextManager[Any]:
-    """Within it, ``torch.compile`` compiles one function so many times before it gives up.
-
-    ``torch.compiler.config`` is public and has the limit in torch 2.11, not in 2.9: there ``torch._dynamo.config`` has.
-    """
-    config: Any = torch.compiler.config
-    if not hasattr(config, "recompile_limit"):
-        config = torch._dynamo.config
-    return config.patch(recompile_limit=limit)
-
-
 def missing_cpp_compiler() -> str | None:
     """What inductor says where it finds no C++ compiler; None where it finds one, or cannot be asked.
 
@@ -507,7 +495,7 @@ _ATTENTION = (
 _ROTARY = "apply_rot_embed_cat cat getattr k_proj num_prefix_tokens q_proj torch type_as v_proj"
 _BLOCK = "attn drop_path1 drop_path2 mlp norm1 norm2"
 _WINDOWS = "attn_drop num_heads permute proj proj_drop qkv reshape shape softmax torch transpose unbind unsqueeze view"
-_VIT_LAYER = "attention dropout intermediate layernorm_after layernorm_before mlp output"
+_VIT_LAYER = "attention dropout layernorm_after layernorm_before mlp"
 _DINOV2_LAYER = "attention drop_path layer_scale1 layer_scale2 mlp norm1 norm2"
 _READS = {
     "Attention": _ATTENTION,

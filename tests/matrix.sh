@@ -9,8 +9,11 @@
 #
 # IDLEVIT_MATRIX is the folder of the environments (build/matrix); each takes some 7 GB, mixed some 60 MB beside newest.
 # IDLEVIT_MATRIX_FILES names the files of tests (all), IDLEVIT_MATRIX_TIMEOUT the seconds that one may take (1800).
-# An environment that is there is used again, and a file of tests that has run on this very state of the tree is not run
-# again. A run's table is in IDLEVIT_MATRIX/summary-STATE.md, each file's output beside it.
+# IDLEVIT_CUDA=0 saves the minutes that the CUDA kernels take to build.
+#
+# An environment that is there is used again (remove newest to get newer releases), and a file of tests that has run on
+# this very state of the tree is not run again. A run's table is in IDLEVIT_MATRIX/summary-STATE.md, each file's output
+# in results-STATE beside it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PIP_NO_INPUT=1

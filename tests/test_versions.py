@@ -317,26 +317,6 @@ def test_triton_laid_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
         versions.triton_compiler.cache_clear()
 
 
-def test_the_limit_of_compilations() -> None:
-    def compilations(limit: int) -> int:
-        count = 0
-
-        def backend(graph: Any, inputs: Any) -> Any:
-            nonlocal count
-            count += 1
-            return graph.forward
-
-        torch._dynamo.reset()
-        function = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
-        with versions.recompile_limit(limit):
-            for size in range(2, 8):
-                function(torch.zeros(size))
-        torch._dynamo.reset()
-        return count
-
-    assert compilations(2) == 2 and compilations(4) == 4
-
-
 def test_a_missing_cpp_compiler_is_told() -> None:
     import torch._inductor.config
 

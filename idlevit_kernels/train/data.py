@@ -263,7 +263,7 @@ class Batches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         recipe = self.recipe
         self._order.set_epoch(
-            int(np.random.SeedSequence((recipe.seed, self.epoch)).generate_state(1, np.uint64)[0] >> 1)
+            int(np.random.SeedSequence((recipe.seed, self.epoch)).generate_state(1, np.uint64)[0]) >> 1
         )
         order = list(self._order)
         for step in range(self.first_step, self.steps):

@@ -260,6 +260,8 @@ def gather_tokens(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tenso
     Args:
         x: [B, T, C].
         indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+            Values are not checked on a GPU, which would have to wait: there one outside [0, T) acts as the nearest
+            valid one, or names no row where a new tensor is written; nothing outside the tensors is read or written.
 
     Returns:
         [B, n, C]. Differentiable in x any number of times; the backward of gather is ``expand_tokens``.
@@ -281,6 +283,8 @@ def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str =
     Args:
         x: [B, T, C].
         indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+            Values are not checked on a GPU, which would have to wait: there one outside [0, T) acts as the nearest
+            valid one, or names no row where a new tensor is written; nothing outside the tensors is read or written.
         tokens: [B, n, C], dtype of x.
 
     Returns:
@@ -349,6 +353,8 @@ def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: 
     Args:
         tokens: [B, n, C].
         indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+            Values are not checked on a GPU, which would have to wait: there one outside [0, T) acts as the nearest
+            valid one, or names no row where a new tensor is written; nothing outside the tensors is read or written.
         num_tokens: T >= n.
 
     Returns:
@@ -387,6 +393,8 @@ def gather_add_norm(
     Args:
         x: [B, T, C].
         indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+            Values are not checked on a GPU, which would have to wait: there one outside [0, T) acts as the nearest
+            valid one, or names no row where a new tensor is written; nothing outside the tensors is read or written.
         branch: [B, n, C], any float type (autocast makes it a half type).
         gamma: LayerScale [C] or None for 1.
         scale: a factor of the branch; 1 in most models, 1/skip_lam in LV-ViT.
@@ -436,6 +444,8 @@ def scatter_add_tokens(
     Args:
         x: [B, T, C].
         indices: [B, n] int64, strictly ascending in each image, as ``select_tokens`` returns them.
+            Values are not checked on a GPU, which would have to wait: there one outside [0, T) acts as the nearest
+            valid one, or names no row where a new tensor is written; nothing outside the tensors is read or written.
         tokens: [B, n, C], dtype of x.
         branch: [B, n, C], any float type (autocast makes it a half type).
         gamma: LayerScale [C] or None for 1.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .block import IdleBlock
-from .block.scoring import check_scorer
+from .block.scoring import Scorer, Select, check_scorer
 from .complexity import count_macs, default_input_size
 from .errors import Words, type_error, value_error
 from .latency import block_inputs, evaluation, random_inputs, rotating, steps, token_counts
@@ -69,7 +69,8 @@ def tune_schedule(
     target: Target,
     batch: int = 1,
     input_size: tuple[int, ...] | None = None,
-    scorer: str = "auto",
+    scorer: Scorer = "auto",
+    select: Select = "top",
     seconds: float = 60.0,
     on_progress: Progress = lambda label, done: None,
 ) -> Tuned:
@@ -86,7 +87,7 @@ def tune_schedule(
         target: see there.
         batch: images in a batch; a schedule is for one batch size, dtype and device.
         input_size: as in ``count_macs``.
-        scorer: as in ``apply_idle``.
+        scorer, select: as in ``apply_idle``.
         seconds: to measure for, about.
         on_progress: told what is running and the share of the work that is done.
 
@@ -124,7 +125,7 @@ def tune_schedule(
 
     def at(num_keep: int) -> Callable[[], Any]:
         (ratio,) = _ratios([num_keep], num_tokens)
-        return inputs[depth // 2].rotating(IdleBlock(blocks[depth // 2], ratio, prefix, scorer), tokens)
+        return inputs[depth // 2].rotating(IdleBlock(blocks[depth // 2], ratio, prefix, scorer, select=select), tokens)
 
     with evaluation(model):
         measured = alternate(
@@ -143,7 +144,7 @@ def tune_schedule(
     def make_idle(num_keep: Sequence[int]) -> nn.Module:
         if any(isinstance(module, IdleBlock) for module in idle_model.modules()):
             remove_idle(idle_model)
-        return apply_idle(idle_model, schedule=_ratios(num_keep, num_tokens), scorer=scorer)
+        return apply_idle(idle_model, schedule=_ratios(num_keep, num_tokens), scorer=scorer, select=select)
 
     share = (1 - _STAIRCASE_SHARE) / (2 if target.kind == "macs" else _ROUNDS)
     done = _STAIRCASE_SHARE

@@ -203,9 +203,11 @@ def compare(dense: Any, idle: Any, what: str) -> None:
 
 
 @settings(
-    max_examples=int(os.environ.get("IDLEVIT_EDITS", 100)), deadline=None, derandomize="IDLEVIT_EDITS" not in os.environ,
+    max_examples=int(os.environ.get("IDLEVIT_EDITS", 100)),
+    deadline=None,
+    derandomize="IDLEVIT_EDITS" not in os.environ,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 @given(st.lists(edit, min_size=1, max_size=8))
 def test_edits(edits: list[tuple[str, str, int]]) -> None:
     torch.manual_seed(0)

@@ -30,6 +30,11 @@ def extension() -> ModuleType | None:
 _MAX_DIRECTIONS = 64
 
 
+def _address(t: Tensor | None) -> int:
+    """0 for one that is left out."""
+    return 0 if t is None else t.data_ptr() or native.address(t)
+
+
 class CPUOps(native.NativeOps):
     device_type = "cpu"
     row_ops = native.NativeOps.row_ops | {"cls_direction", "scatter_add_tokens", "scatter_add_tokens_"}
@@ -69,7 +74,7 @@ class CPUOps(native.NativeOps):
         query, direction = x.new_empty((B, width)), x.new_empty((B, C))
         failure = self.call(
             "cls_direction", x, dtype, B, T, 0, C, x.data_ptr(), by_image, by_token, *at_norm, eps, at_weight,
-            0 if qkv_bias is None else qkv_bias.data_ptr() or native.address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
+            _address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("cls_direction", failure, None, T)
@@ -108,7 +113,7 @@ class CPUOps(native.NativeOps):
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
             "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
-            *at_norm, eps, at_weight, 0 if qkv_bias is None else qkv_bias.data_ptr() or native.address(qkv_bias), width, workspace.data_ptr(),
+            *at_norm, eps, at_weight, _address(qkv_bias), width, workspace.data_ptr(),
             indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:

@@ -261,10 +261,11 @@ class NativeOps(abc.ABC):
         branch = _dense_or_none(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
+        at_branch = 0 if branch is None else branch.data_ptr() or address(branch)
         source = (0, 0, 0) if x is None else (x.data_ptr() or address(x), *x.stride()[:2])
         failure = self.call(
             "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
-            0 if branch is None else branch.data_ptr() or address(branch), at_gamma, scale, out.data_ptr(), by_image, by_token,
+            at_branch, at_gamma, scale, out.data_ptr(), by_image, by_token,
         )  # fmt: skip
         if failure:
             raise self.error(op, failure, indices, T)

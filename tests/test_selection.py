@@ -22,9 +22,10 @@ def by_length(x: Tensor, block: nn.Module) -> Tensor:
 
 
 def every_second(tokens: Tensor, num_keep: int) -> Tensor:
-    """A selection: evenly spread, in any order."""
-    spread = torch.arange(tokens.shape[1] - 1, -1, -2)[:num_keep]
-    return spread.expand(len(tokens), -1)
+    """A selection: every second token from the last on, then those between."""
+    last = tokens.shape[1] - 1
+    order = torch.cat([torch.arange(first, -1, -2, device=tokens.device) for first in (last, last - 1)])
+    return order[:num_keep].expand(len(tokens), -1)
 
 
 @pytest.mark.parametrize("family", SEQUENCES)

@@ -213,7 +213,7 @@ class ModelBenchmark:
         calls = self._calls(variants, (batch, *self.input_size))
         steps.begin(f"batch {batch}, models", seconds)
         try:
-            with torch.compiler.config.patch(recompile_limit=1 + len(variants)):
+            with torch.compiler.config.patch(recompile_limit=1 + len(variants)):  # type: ignore[attr-defined]
                 timings = alternate(calls, seconds, _MIN_ROUNDS, self.device, steps)
         except Interrupted as interrupted:
             self._add_models(result, batch, interrupted.timings)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Words, describe, type_error, value_error
-from .versions import tree_map_only
+from .versions import leave_pool, tree_map_only
 
 _WARM_UP = 3  # passes: libraries make their handles and workspaces in the first, and Triton kernels are compiled
 
@@ -119,12 +119,7 @@ def _record(graph: torch.cuda.CUDAGraph, run: Callable[[], Any], stream: torch.c
 def _clean_up(pool: Any, stream: torch.cuda.Stream) -> None:
     """Takes the allocator and the random number generators out of a failed capture."""
     device = torch.cuda.current_device()
-    try:
-        torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:
-        pass  # the capture itself had ended
-    else:
-        torch._C._cuda_releasePool(device, pool)
+    leave_pool(device, pool)
     # A capture that succeeds leaves the generators as they should be, with their seeds and offsets; giving them another
     # state instead would part them from the graphs that were captured before.
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):

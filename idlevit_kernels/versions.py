@@ -323,6 +323,24 @@ cuda_stream: Callable[[int], int] = (
 since torch 1.8. Fallback: ``torch.cuda.current_stream``."""
 
 
+def leave_pool(device: int, pool: Any) -> None:
+    """Takes the allocator of the device out of the memory pool of a capture that has failed, if it is still in it.
+
+    The two functions of ``torch._C`` are what torch's own graphs call, since torch 2.0. Fallback: nothing; then memory
+    goes on to come from that pool.
+    """
+    leave = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    release = getattr(torch._C, "_cuda_releasePool", None)
+    if leave is None or release is None:
+        return
+    try:
+        leave(device, pool)
+    except RuntimeError as error:  # the capture itself had ended it
+        _logger.debug("the pool of a failed capture was left already: %s", error)
+    else:
+        release(device, pool)
+
+
 # The FLOP counter
 
 

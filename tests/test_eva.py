@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from comparison import assert_equal, assert_equal_gradients, check_masked_form, gradients
 from test_models import noisy
 from timm.layers import apply_rot_embed_cat
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
@@ -40,11 +42,19 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 def make(name: str, **changes) -> nn.Module:
     timm_name, kwargs = MODELS[name]
+    if "num_kv_heads" in kwargs and "num_kv_heads" not in inspect.signature(Eva).parameters:
+        pytest.skip("this timm has no heads that share keys")
     model = timm.create_model(timm_name, **(SMALL | kwargs | changes)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
     return model
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    if model.rope_mixed and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
+        pytest.skip("this timm multiplies float64 positions with float32 frequencies: the dense model fails, too")
+    return model.double()
 
 
 def ropes(model: nn.Module, rope: Tensor | None) -> list[Tensor | None]:
@@ -76,7 +86,7 @@ def masked_block(
     mask[:, :P] = 1.0
     masked = (logits * attn.scale).masked_fill(mask[:, None, None, :] == 0, -1e5)
     branch = attn.norm((masked.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    branch = attn.proj(branch if attn.gate is None else branch * attn.gate(normed).sigmoid())
+    branch = attn.proj(branch if getattr(attn, "gate", None) is None else branch * attn.gate(normed).sigmoid())
     gamma_1, gamma_2 = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
     x = x + mask[..., None] * block.drop_path1(gamma_1 * branch)
     out = x + mask[..., None] * block.drop_path2(gamma_2 * block.mlp(block.norm2(x)))
@@ -103,7 +113,7 @@ def masked_form(model: nn.Module, image: Tensor, schedule: list[float]) -> tuple
 @pytest.mark.parametrize("ratio", [0.7, 0.3])
 @each_model
 def test_equals_the_masked_form(name: str, ratio: float) -> None:
-    model = make(name, drop_path_rate=0.3).double()
+    model = in_float64(make(name, drop_path_rate=0.3))
     image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for training in (False, True):
         check_masked_form(
@@ -114,7 +124,7 @@ def test_equals_the_masked_form(name: str, ratio: float) -> None:
 @each_model
 def test_training_form(name: str) -> None:
     """Logits, token cut losses and the gradient of both."""
-    model = make(name).double()
+    model = in_float64(make(name))
     image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     logits, cuts = masked_form(model, image, ik.idle_schedule(4, 0.5))
     wanted = torch.cat([logits.flatten(), torch.stack(cuts)])

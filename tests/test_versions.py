@@ -180,12 +180,13 @@ def test_function_modes_are_seen() -> None:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))
 
-    assert not versions.function_mode_active()
-    with Mode():
-        assert versions.function_mode_active()
-    with torch.device("cpu"):  # a mode too: it gives new tensors their device
-        assert versions.function_mode_active()
-    assert not versions.function_mode_active()
+    with torch.no_grad():
+        assert versions.ordinary_dispatch()
+        with Mode():
+            assert not versions.ordinary_dispatch()
+        with torch.device("cpu"):  # a mode too: it gives new tensors their device
+            assert not versions.ordinary_dispatch()
+        assert versions.ordinary_dispatch()
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "vjp"])

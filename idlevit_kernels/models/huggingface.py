@@ -6,8 +6,6 @@ An idle layer is an instance of the layer's class, because that is how transform
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from ..block.attention import Projected, SelfAttention, check_branch, heads_apart, heads_together
 from ..block.context import Context
-from ..block.parts import Entered, Parts, Watch, definer, find_branch, find_kind, find_linear, find_norm, register_form
+from ..block.parts import Entered, Parts, Watch, find_branch, find_kind, find_linear, find_norm, register_form
 from ..errors import value_error
 from ..ops import Calls
 from ..versions import library_class
@@ -36,11 +34,8 @@ class LayerAttention(SelfAttention):
     def __init__(self, module: Any, watch: Watch):
         self.module = module
         own, watched = watch.is_own(module), watch.is_watched(module)
-        inner, names = module, ("q_proj", "k_proj", "v_proj")
-        if not hasattr(module, "q_proj"):  # ViT and DeiT in 5.0, DINOv2 in 5.16
-            inner, names = watch.value(module, "attention"), ("query", "key", "value")
-        self.heads = watch.value(inner, "num_attention_heads")
-        self.separate = tuple(find_linear(watch.value(inner, name), watch) for name in names)
+        self.heads = watch.value(module, "num_attention_heads")
+        self.separate = tuple(find_linear(_part(module, f"{name}_proj", watch), watch) for name in "qkv")
         self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
         # Where the keys of all tokens had to be computed, those of the kept ones are used again.
         self.output = watch.value(module, "o_proj") if own and not watched else None
@@ -69,49 +64,29 @@ class LayerForm:
     alone: Context | None = None
 
     def why_unsupported(self, layer: Any) -> str | None:
-        name, own = type(layer).__name__, definer(type(layer))
-        if "output_attentions" in inspect.signature(own.forward).parameters:
-            return f"{name} that return tuples, as in transformers before 4.56"
         try:
             self.parts(layer, Watch())
         except AttributeError as error:
-            return f"{name} laid out as in no version of transformers that is known here: {error}"
+            return f"{type(layer).__name__} laid out as in no version of transformers that is known here: {error}"
         return None
 
     def parts(self, layer: Any, watch: Watch) -> Parts:
         dinov2 = hasattr(layer, "norm1")
-        old_vit = not hasattr(layer, "mlp")  # in 5.0; ``output`` adds the residual itself, so its modules are called
-        drop = layer.drop_path if dinov2 else layer.output.dropout if old_vit else layer.dropout
-        for name in ("drop_path", "output", "dropout"):
-            watch.value(layer, name)
+        drop = _part(layer, "drop_path" if dinov2 else "dropout", watch)
         names = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
         norm1, norm2 = (find_norm(_part(layer, name, watch), watch) for name in names)
         scales = [_part(layer, f"layer_scale{i}", watch) if dinov2 else None for i in (1, 2)]
-        return Parts(
-            norm1,
-            LayerAttention(_part(layer, "attention", watch), watch),
-            find_branch(watch, None if old_vit else drop, scales[0]),
-            norm2,
-            self._mlp(layer, old_vit, watch),
-            find_branch(watch, drop, scales[1]),
-            watch,
-            self,
-        )
-
-    def _mlp(self, layer: Any, old_vit: bool, watch: Watch) -> Callable[[Tensor], Tensor]:
-        if old_vit:
-            return lambda x: layer.output.dense(layer.intermediate(x))
-        mlp = _part(layer, "mlp", watch)
-        watch.is_own(mlp), watch.is_watched(mlp)
-        return mlp
+        attention, mlp = LayerAttention(_part(layer, "attention", watch), watch), _part(layer, "mlp", watch)
+        watch.is_own(mlp)
+        watch.is_watched(mlp)
+        branches = [find_branch(watch, drop, scale) for scale in scales]
+        return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
 
     def context(self, block: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
         """``kwargs`` are what a transformers model hands down to all of its layers."""
         if attention_mask is not None:
             raise value_error("IdleBlock", "attention_mask", "None: idle tokens need full attention", attention_mask)
-        attention: Any = block.attention
-        config = attention.config if hasattr(attention, "config") else attention.attention.config
-        if kwargs.get("output_attentions", config.output_attentions):
+        if kwargs.get("output_attentions", block.attention.config.output_attentions):
             expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
             raise value_error("IdleBlock", "output_attentions", expected, True)
         return Context.NOTHING

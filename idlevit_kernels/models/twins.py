@@ -54,7 +54,8 @@ class PooledAttention:
         self.pool, self.norm = look(module, "sr"), look(module, "norm")
         for part in (self.pool, self.norm):
             if part is not None:
-                watch.is_own(part), watch.is_watched(part)
+                watch.is_own(part)
+                watch.is_watched(part)
         self.scale = None if look(module, "fused_attn") else look(module, "scale")
         drop = look(module, "attn_drop")
         plain_drop = watch.is_plain(drop, "Dropout")

@@ -41,7 +41,10 @@ def direct(*args: Any) -> bool:
     ):
         return False
     for value in args:
-        if isinstance(value, Tensor) and (type(value) not in PLAIN or value.is_neg()):
+        if type(value) in PLAIN:
+            if value.is_neg():
+                return False
+        elif isinstance(value, Tensor):
             return False
     return True
 

@@ -15,7 +15,7 @@ from ..errors import refuse_renamed, type_error, value_error
 from ..functional import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
 from ..reference.token_cut_loss import ROW_WEIGHTS
 from ..schedule import check_ratio, num_kept
-from .chain import IdleOutput, all_kept, run, with_indices
+from .chain import NO_TORCHSCRIPT, IdleOutput, all_kept, run, with_indices
 from .context import Context
 from .parts import Form, Parts, find_form, find_parts, form_of_kind
 from .scoring import Scorer, Select, Selection, check_scorer, check_select
@@ -182,9 +182,8 @@ def _own_forward(block: Any) -> Any:
 
 def _check_tokens(op: str, x: Tensor, tokens: Tensor, parts: Parts) -> None:
     weight = parts.attention.weight
-    usual = isinstance(tokens, Tensor) and tokens.dim() == 3
-    if usual and weight is not None and tokens.dtype is weight.dtype and tokens.shape[2] == weight.shape[1]:
-        if tokens.device == weight.device:
+    if type(tokens) is Tensor and weight is not None and tokens.dtype is weight.dtype and tokens.dim() == 3:
+        if tokens.shape[2] == weight.shape[1] and tokens.device == weight.device:
             return
     check_tensor(op, "x", tokens, "[B, T, C]", (None, None, None))
     if weight is None:
@@ -378,8 +377,6 @@ class IdleBlock(nn.Module):
                 "intra"; "none" is 0 at no cost. A keyword of the call, so that hooks and wrappers see it.
         """
         op = "IdleBlock"
-        if torch.jit.is_tracing():
-            raise RuntimeError(_NO_TORCHSCRIPT)
         if return_cut is not None and return_cut not in ROW_WEIGHTS:
             raise value_error(op, "return_cut", f"one of {list(ROW_WEIGHTS)}", return_cut)
         if "cut" in kwargs:
@@ -440,7 +437,7 @@ class IdleBlock(nn.Module):
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(_NO_TORCHSCRIPT)
+        raise RuntimeError(NO_TORCHSCRIPT)
 
     def _get_name(self) -> str:
         return f"Idle{self.dense_kind.__name__}"
@@ -451,12 +448,6 @@ class IdleBlock(nn.Module):
         own = f"{keep}, num_prefix_tokens={idling.num_prefix_tokens}, scorer={self.scorer!r}"
         own += "" if self.select == "top" else f", select={self.select!r}"
         return f"{base}, {own}" if base else own
-
-
-_NO_TORCHSCRIPT = (
-    "IdleBlock: TorchScript (torch.jit.script, torch.jit.trace) is not supported; use torch.export, torch.compile or"
-    " `idlevit export`, or remove_idle first"
-)
 
 
 def check_count(op: str, num_keep: int) -> int:
@@ -514,4 +505,4 @@ class IdleSequential(nn.Sequential):
         return {name: value for name, value in self.__dict__.items() if name != "_dense"}
 
     def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(_NO_TORCHSCRIPT)
+        raise RuntimeError(NO_TORCHSCRIPT)

@@ -127,7 +127,7 @@ class SelfAttention:
     def __call__(self, y: Tensor, context: Context) -> Tensor:
         if not self.written:
             return self.call(y, context)
-        return self.out(self.attend(*self.project(y, context)), y)
+        return self.finish(*self.project(y, context), y)
 
     def call(self, y: Tensor, context: Context) -> Tensor:
         return check_branch(self.module, self.module(y, **context.arguments()), y)
@@ -137,7 +137,7 @@ class SelfAttention:
         if self.qkv is None:
             q, k, v = self._apart(*(p(y) for p in self.separate))
         else:
-            q, k, v = self._split(self._all_of(y), 3)
+            q, k, v = self._split(self.qkv(y) if self.biases is None else self._biased(y), 3)
         return *self._turn(q, k, context), v
 
     def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -149,10 +149,8 @@ class SelfAttention:
         B, n, width = t.shape
         return t.view(B, n, count, self.heads, width // (count * self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _all_of(self, y: Tensor) -> Tensor:
-        assert self.qkv is not None
-        if self.biases is None:
-            return self.qkv(y)
+    def _biased(self, y: Tensor) -> Tensor:
+        assert self.qkv is not None and self.biases is not None
         bias = torch.cat(self.biases)
         if self.qkv.plain and self.qkv.weight is not None:
             return linear(y, self.qkv.weight, bias)
@@ -171,8 +169,9 @@ class SelfAttention:
         """Queries or keys [B, H, T, head_dim] after the rotary embedding; a class token alone is not rotated."""
         return scoring.rotate(t, rope, self.num_prefix_tokens, self.rotate_half)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, H, n, head_dim] each -> [B, n, A]; several heads of queries may share one of keys and values."""
+    def finish(self, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
+        """Attention and what follows it: [B, H, n, head_dim] each, y [B, n, C] -> [B, n, C]; several heads of queries
+        may share one of keys and values."""
         if k.shape[1] != q.shape[1]:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -183,16 +182,14 @@ class SelfAttention:
         else:
             assert self.scale is not None
             out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
-        return out.transpose(1, 2).flatten(2)
-
-    def out(self, attended: Tensor, y: Tensor) -> Tensor:
-        assert self.proj is not None
+        out = out.transpose(1, 2).flatten(2)
         if self.norm is not None:
-            attended = self.norm(attended)
+            out = self.norm(out)
         if self.gate is not None:
-            attended = attended * self.gate(y).sigmoid()
-        attended = self.proj(attended)
-        return attended if self.proj_drop is None else self.proj_drop(attended)
+            out = out * self.gate(y).sigmoid()
+        assert self.proj is not None
+        out = self.proj(out)
+        return out if self.proj_drop is None else self.proj_drop(out)
 
     # What is wanted of all tokens
 
@@ -224,7 +221,8 @@ class SelfAttention:
         else:
             v = calls.gather_tokens(heads_together(prepared.v), indices)
         head_dim = prepared.q.shape[3]
-        return self.out(self.attend(*(heads_apart(t, head_dim) for t in (q, k, v))), y)
+        q, k, v = (heads_apart(t, head_dim) for t in (q, k, v))
+        return self.finish(q, k, v, y)
 
     # Scores
 

@@ -19,6 +19,11 @@ from .context import Context
 from .parts import Parts
 from .scoring import Selection
 
+NO_TORCHSCRIPT = (
+    "IdleBlock: TorchScript (torch.jit.script, torch.jit.trace) is not supported; use torch.export, torch.compile or"
+    " `idlevit export`, or remove_idle first"
+)
+
 
 class IdleOutput(NamedTuple):
     """What an idle block returns when it is asked for more than tokens.
@@ -48,6 +53,8 @@ def run(
 ) -> IdleOutput:
     """One block on the tokens x [B, T, C]: K = ``num_keep`` image tokens of each row are computed, the others idle."""
     calls = calls_for(x, backend)
+    if not calls.direct and torch.jit.is_tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
     if num_keep == x.shape[1] - num_prefix_tokens:
         out = _dense(x, parts, context, calls)
         return all_kept(x, x.copy_(out) if inplace else out, cut)
@@ -57,7 +64,8 @@ def run(
     token_cut = None if cut is None else nothing_cut(x)
     if cut is not None and measured:
         token_cut = parts.attention.cut(prepared, indices, num_prefix_tokens, cut, calls)
-    context = context.take(indices, num_prefix_tokens)
+    if context is not Context.NOTHING:
+        context = context.take(indices, num_prefix_tokens)
     if prepared is None:
         branch = parts.attention(y, context)  # [B, n, C]
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import weakref
@@ -108,6 +109,7 @@ class Watch:
         self._modules: list[nn.Module] = []
         self._kinds: dict[type, None] = {}
         self._hooks: list[Any] = []
+        self._without: dict[str, list[dict[str, Any]]] = {"forward": [], versions.COMPILED: []}
         self._places: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
@@ -133,7 +135,10 @@ class Watch:
         self._modules.append(module)
         self._kinds[type(module)] = None
         for name in ("forward", versions.COMPILED):
-            self._remember(module.__dict__, name)
+            if name in module.__dict__:
+                self._remember(module.__dict__, name)
+            else:
+                self._without[name].append(module.__dict__)
         self._hooks += [module.__dict__[name] for name in versions.WATCHING_HOOKS if name in module.__dict__]
 
     def visit_kind(self, kind: type) -> None:
@@ -176,6 +181,8 @@ class Watch:
         """Whether all is as it was. It runs in every layer, so there is no loop of Python's."""
         return (
             all(map(operator.is_, map(dict.get, self._places, self._names), self._values))
+            and not any(map(dict.__contains__, self._without["forward"], _FORWARD))
+            and not any(map(dict.__contains__, self._without[versions.COMPILED], _COMPILED))
             and not any(self._empty)
             and all(self._full)
             and list(map(type, self._modules)) == self._types
@@ -186,6 +193,7 @@ class Watch:
 
 
 _forward = operator.attrgetter("forward")
+_FORWARD, _COMPILED = itertools.repeat("forward"), itertools.repeat(versions.COMPILED)
 
 
 # What the parts are
@@ -489,7 +497,10 @@ def find_parts(block: Any) -> Parts | str:
     """The block's parts, looked up again when something has changed; or why the block cannot idle."""
     compiling = is_compiling()
     if not compiling:
-        known = _known.get(block) if isinstance(block, nn.Module) else None
+        try:
+            known = _known.get(block)
+        except TypeError:  # what cannot be referred to weakly is no module
+            known = None
         if known is not None and known.watch.holds():
             return known
     form = block.form if compiling and hasattr(type(block), "form") else find_form(block)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +199,19 @@ def depth_of(model: nn.Module) -> int:
 
 
 # Values
+
+
+@each_family
+@torch.no_grad()
+def test_an_idle_model_is_freed_with_its_last_reference(family: str) -> None:
+    """What is looked up of a block is kept as long as the block, no longer."""
+    model = idle(make(family), 0.5)
+    run(model, image_for(family))
+    blocks = [weakref.ref(m) for m in model.modules() if isinstance(m, ik.IdleBlock)]
+    assert blocks and all(b() is not None for b in blocks)
+    del model
+    gc.collect()
+    assert all(b() is None for b in blocks)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

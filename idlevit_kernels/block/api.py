@@ -105,7 +105,7 @@ def idle_block(
     """
     op = "idle_block"
     refuse_renamed(op, renamed, _RENAMED)
-    selection = Selection(check_scorer(op, scorer, num_prefix_tokens), check_select(op, select), block)
+    selection = Selection(check_scorer(op, scorer, num_prefix_tokens), check_select(op, select))
     check_integer(op, "num_keep", num_keep)
     context = context or Context.NOTHING
     out, _ = _compute(op, x, block, num_keep, num_prefix_tokens, selection, context, None, inplace, backend, None)
@@ -301,7 +301,7 @@ class IdleBlock(nn.Module):
         keep = check_ratio(op, keep_ratio) if num_keep is None else check_count(op, num_keep)  # type: ignore[arg-type]
         scorer, select = check_scorer(op, scorer, num_prefix_tokens), check_select(op, select)
         self.__dict__.update(block.__dict__)
-        self.__dict__["_idling"] = Idling(keep, num_prefix_tokens, Selection(scorer, select, self))
+        self.__dict__["_idling"] = Idling(keep, num_prefix_tokens, Selection(scorer, select))
         self.__dict__["_dense"] = (block,)  # in a tuple, so that it is no sub-module
         found = find_parts(self)  # a compiler knows the classes that were met before
         if isinstance(found, str):

@@ -150,7 +150,7 @@ def choose(
         prepared = attention.prepare(normed, context) if prepares else None
     with torch.no_grad():  # selection has no gradient
         if selection.own:
-            scores = selection.scores(x, num_keep, num_prefix_tokens)
+            scores = selection.scores(x, parts.block(), num_keep, num_prefix_tokens)
         else:
             scores = _scores(x, parts, scorer, context, normed, prepared, calls)
 

@@ -393,6 +393,9 @@ class Parts:
         self.watch = watch
         self.form: Form = form
         self.plain = not watch.disturbed
+        self.block: Callable[[], nn.Module | None] = lambda: (
+            None
+        )  # set by ``find_parts``; weak, for it is kept by block
 
 
 # How a kind of block is read and called
@@ -509,6 +512,7 @@ def find_parts(block: Any) -> Parts | str:
     watch = Watch()
     watch.visit_kind(dense_kind(block))
     parts = form.parts(block, watch)
+    parts.block = (lambda: block) if compiling else weakref.ref(block)
     if not compiling:
         watch.seal()
         _known[block] = parts

@@ -60,21 +60,20 @@ class Selection:
     Attributes:
         scorer: "cls", "mean", "random", or a function (x [B, T, C], block) -> scores [B, T].
         select: "top", the largest scores, or a function (image tokens [B, N, C], K) -> their indices [B, K].
-        block: what the scorer is called with.
         own: whether the scores are not the block's own attention logits.
     """
 
-    def __init__(self, scorer: Any, select: Any = "top", block: nn.Module | None = None):
-        self.scorer, self.select, self.block = scorer, select, block
+    def __init__(self, scorer: Any, select: Any = "top"):
+        self.scorer, self.select = scorer, select
         self.own = select != "top" or callable(scorer) or scorer == "random"
 
-    def scores(self, x: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
+    def scores(self, x: Tensor, block: nn.Module | None, num_keep: int, num_prefix_tokens: int) -> Tensor:
         """[B, T]; of a ``select`` of its own, 1 for the tokens that it chose and 0 for the others."""
         if self.select != "top":
             return self._chosen(x, num_keep, num_prefix_tokens)
         if self.scorer == "random":
             return torch.rand(x.shape[:2], device=x.device)
-        scores = self.scorer(x, self.block)
+        scores = self.scorer(x, block)
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
             raise type_error("scorer", "the result", "a float tensor [B, T]", scores)
         if scores.shape != x.shape[:2] or scores.device != x.device:

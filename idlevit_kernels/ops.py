@@ -215,6 +215,13 @@ def calls_for(x: Tensor, backend: str) -> Calls:
     return found
 
 
+def calls_with(calls: Calls, t: Tensor, backend: str) -> Calls:
+    """The same ops for a tensor that somebody else's module returned; past the dispatcher only if it is plain, too."""
+    if not calls.direct or (type(t) in PLAIN and not t.is_neg()):
+        return calls
+    return _dispatching(backend)
+
+
 _SELDOM = {"token_cut_loss": token_cut_loss, "select_tokens": select_tokens}
 _IN_BLOCKS = {
     "cls_direction": cls_direction,

@@ -71,6 +71,11 @@ def test_freed_memory_is_refused() -> None:
     ):
         with pytest.raises((ValueError, RuntimeError), match="storage was freed|data is not allocated"):
             call()
+    many = torch.randn(100000)
+    view = many[50000:50016].view(2, 1, 8).expand(2, 7, 8)
+    many.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="storage was freed"):
+        ik.gather_tokens(view, INDICES)
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -23,6 +23,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+from torch.nn.utils import prune
 
 import idlevit_kernels as ik
 
@@ -186,8 +187,11 @@ def test_a_forward_replaced_on_a_class_is_called(family: str, part: str, monkeyp
     torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
     assert len(calls) == 2 * count
     ik.set_keep_ratio(model, [0.5] * depth_of(model))
-    if part == "whole block" or (part == "attention" and family not in SEQUENCES):
-        with pytest.raises(TypeError, match="IdleBlock: block must be one that can idle, got .*forward"):
+    scored_by_it = part == "norm" and family == "Twins"  # whose pooling has such a norm
+    if part == "whole block" or (part == "attention" and family not in SEQUENCES) or scored_by_it:
+        with pytest.raises(
+            TypeError, match="IdleBlock: block must be one that can idle, got .*(forward|for the scores)"
+        ):
             run(model, image)
     else:
         run(model, image)
@@ -537,3 +541,154 @@ def test_wrapped_parameters(family: str, context: Any) -> None:
                     run(model, image), wanted, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
                 )
         holder._parameters[last] = parameter
+
+
+# What stands around the blocks, and what comes out of their parts
+
+
+class OwnSequential(nn.Sequential):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        OwnSequential.calls += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["subclass", "patched", "compiled"])
+@torch.no_grad()
+def test_a_container_of_blocks_goes_on_to_be_called(how: str) -> None:
+    image = image_for("timm ViT")
+    wanted = run(idle(make("timm ViT"), 0.5), image)
+    model, calls = make("timm ViT"), []
+    if how == "subclass":
+        model.blocks = OwnSequential(*model.blocks)
+        OwnSequential.calls = 0
+    elif how == "patched":
+        forward = model.blocks.forward
+        model.blocks.forward = lambda x: (calls.append(1), forward(x))[1]
+    else:
+        model.blocks.compile(backend=lambda graph, _: lambda *args: (calls.append(1), graph(*args))[1])
+    container = model.blocks
+    torch.testing.assert_close(run(ik.apply_idle(model, schedule=[0.5, 0.5]), image), wanted, rtol=1e-5, atol=1e-5)
+    assert len(calls) + OwnSequential.calls * (how == "subclass") == 1
+    assert model.blocks is container and ik.remove_idle(model).blocks is container
+
+
+@torch.no_grad()
+def test_a_call_replaced_on_a_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, calls = image_for("timm ViT"), []
+    model = idle(make("timm ViT"), 0.5)
+    wanted = run(model, image)
+    mlp = type(model.blocks[0].mlp)
+
+    def spied(method: Any) -> Any:
+        return lambda m, *args, **kwargs: (calls.append(m), method(m, *args, **kwargs))[1]
+
+    for kind, name in ((mlp, "__call__"), (Block, "__call__"), (ik.IdleBlock, "__call__"), (ik.IdleBlock, "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, spied(getattr(kind, name)))
+            torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
+            assert len(calls) == 2, kind
+            calls.clear()
+        run(model, image)
+        assert not calls
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "__call__", spied(nn.Linear.__call__))
+        torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
+        assert len(calls) == 9  # four a block, and the head
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp", "norm1", "scorer"])
+@torch.no_grad()
+def test_a_lazy_minus_sign_out_of_a_part_is_seen(part: str) -> None:
+    block, x = make("timm ViT").blocks[0], torch.randn(2, 17, 32)
+
+    def negated(t: Tensor) -> Tensor:
+        return torch._neg_view(-t)
+
+    def scores(x: Tensor, _: Any) -> Tensor:
+        return x.norm(dim=2)
+
+    if part == "scorer":
+        wanted = ik.idle_block(x, block, 8, scorer=scores)
+        found = ik.idle_block(x, block, 8, scorer=lambda x, b: negated(scores(x, b)))
+    else:
+        wanted = ik.idle_block(x, block, 8)
+        forward = getattr(block, part).forward
+        getattr(block, part).forward = lambda *a, **k: negated(forward(*a, **k))
+        found = ik.idle_block(x, block, 8)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_weight_that_a_hook_makes_is_never_stale() -> None:
+    model, image = idle(make("timm ViT"), 0.5), image_for("timm ViT")
+    for block in model.blocks:
+        prune.identity(block.attn.qkv, "weight")
+    run(model, image)
+    for block in model.blocks:
+        block.attn.qkv.weight_orig.mul_(torch.randn_like(block.attn.qkv.weight_orig))
+    first = run(model, image)
+    assert torch.equal(run(model, image), first)
+    for block in model.blocks:
+        prune.remove(block.attn.qkv, "weight")
+    torch.testing.assert_close(run(model, image), first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Swin", "Swin V2", "Twins"])
+@torch.no_grad()
+def test_dropout_follows_its_own_mode(family: str) -> None:
+    """As Monte-Carlo dropout sets it: the model in evaluation, its dropouts in training."""
+    image, dense = image_for(family), make(family)
+    for block in blocks_of(dense):
+        block.attn.fused_attn = False
+        block.attn.attn_drop.p = 0.5
+        block.attn.attn_drop.train()
+    model = idle(copy.deepcopy(dense), 1.0)
+    for ratio in (1.0, 0.5):
+        ik.set_keep_ratio(model, [ratio] * depth_of(model))
+        assert not torch.equal(run(model, image), run(model, image))
+    ik.set_keep_ratio(model, [1.0] * depth_of(model))
+    torch.manual_seed(0)
+    wanted = run(dense, image)
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(model, image), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_with_a_wide_first_layer() -> None:
+    model, image = idle(make("timm ViT"), 0.5), image_for("timm ViT")
+    for block in model.blocks:
+        forward = block.mlp.fc1.forward
+        block.mlp.fc1.forward = lambda x, forward=forward: forward(x).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = run(model, image)
+    out.float().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_settings_that_no_configuration_holds() -> None:
+    model = ik.apply_idle(make("timm ViT"), num_keep=[None, 8])
+    model.blocks[0].keep_ratio = 0.5
+    with pytest.raises(ValueError, match="idle_config: model must be one with ratios or with counts"):
+        ik.idle_config(model)
+
+
+def test_indices_and_cut_of_windows() -> None:
+    block = make("Swin").layers[0].blocks[0]
+    x = torch.randn(2, 8, 8, 16)
+    for keep, count in ((1.0, 16), (0.5, 8)):
+        out = ik.IdleBlock(block, keep, 0)(x, return_cut="none")
+        assert out.indices.shape == (8, count) and out.tokens.shape == x.shape
+    with pytest.raises(TypeError, match="return_cut must be 'none' or None here"):
+        ik.IdleBlock(block, 1.0, 0)(x, return_cut="both")
+    with pytest.raises(ValueError, match="idle_block: num_prefix_tokens must be 0 for a block whose tokens are a grid"):
+        ik.idle_block(x, block, 8)
+
+
+@torch.no_grad()
+def test_padding_ranks_last_with_any_scorer() -> None:
+    block = make("Swin").layers[0].blocks[0]
+    x = torch.randn(1, 6, 6, 16)  # in windows of 4 x 4, of which one has 4 tokens and 12 places of padding
+    for how in ({"scorer": lambda t, _: -t.norm(dim=2)}, {"scorer": "random"}):
+        out = ik.idle_block(x, block, 4, 0, **how)
+        assert int((out != x).any(3).sum()) == 16

@@ -32,7 +32,7 @@ _MAX_DIRECTIONS = 64
 
 def _address(t: Tensor | None) -> int:
     """0 for one that is left out."""
-    return 0 if t is None else t.data_ptr() or native.address(t)
+    return 0 if t is None else native.address(t)
 
 
 class CPUOps(native.NativeOps):
@@ -73,7 +73,7 @@ class CPUOps(native.NativeOps):
         width = qkv_weight.shape[0] // 3
         query, direction = x.new_empty((B, width)), x.new_empty((B, C))
         failure = self.call(
-            "cls_direction", x, dtype, B, T, 0, C, x.data_ptr(), by_image, by_token, *at_norm, eps, at_weight,
+            "cls_direction", x, dtype, B, T, 0, C, native.address(x), by_image, by_token, *at_norm, eps, at_weight,
             _address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
         )  # fmt: skip
         if failure:
@@ -112,7 +112,7 @@ class CPUOps(native.NativeOps):
         workspace = x.new_empty(B * (width + C + T))
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
-            "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
+            "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, native.address(x), by_image, by_token,
             *at_norm, eps, at_weight, _address(qkv_bias), width, workspace.data_ptr(),
             indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip

@@ -42,11 +42,15 @@ def missing() -> list[str]:
 
 def _rows(x: Tensor) -> Tensor:
     """x itself where its channels are contiguous; a copy otherwise."""
+    if x.data_ptr() < _LOW:
+        address(x)
     return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
 def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t contiguous and of the dtype; itself where it is both, found out without a call that would return it."""
+    if t.data_ptr() < _LOW:
+        address(t)
     if t.dtype is not dtype:
         t = t.to(dtype)
     return t if t.is_contiguous() else t.contiguous()
@@ -56,11 +60,14 @@ def _dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if t is None else dense(t, dtype)
 
 
+_LOW = 1 << 32  # below it lies what is an offset from 0, or (rarely) a small heap
+
+
 def address(t: Tensor) -> int:
     """Where its elements lie. A kernel takes 0 for a tensor that is left out, so one whose memory was freed (a storage
-    resized to 0, as FSDP does) is refused here."""
+    resized to 0, as FSDP does) is refused here; a view of it has its offset for an address."""
     at = t.data_ptr()
-    if at == 0 and t.numel():
+    if at < _LOW and t.numel() and t.untyped_storage().nbytes() == 0:
         raise value_error("native kernel", "each tensor", "one with memory", Words("one whose storage was freed"))
     return at
 
@@ -88,8 +95,8 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
             t = dense(t, dtype)
             owners.append(t)
         at = t.data_ptr()
-        if not at:
-            address(t)  # refuses it, unless it is empty
+        if at < _LOW:
+            address(t)
         addresses.append(at)
     return Parameters(codes, addresses, owners)
 
@@ -261,8 +268,8 @@ class NativeOps(abc.ABC):
         branch = _dense_or_none(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
-        at_branch = 0 if branch is None else branch.data_ptr() or address(branch)
-        source = (0, 0, 0) if x is None else (x.data_ptr() or address(x), *x.stride()[:2])
+        at_branch = 0 if branch is None else address(branch)
+        source = (0, 0, 0) if x is None else (address(x), *x.stride()[:2])
         failure = self.call(
             "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
             at_branch, at_gamma, scale, out.data_ptr(), by_image, by_token,

@@ -138,9 +138,14 @@ def _compute(
     if isinstance(parts, str):
         if keep == 1.0 and type(keep) is float:
             args, named = given or ((), {})
-            return all_kept(x, _own_forward(block)(x, *args, **named), cut), False
+            if inplace is True:
+                _check_inplace(op, x, block, context)
+            out = _own_forward(block)(x, *args, **named)
+            return with_indices(all_kept(x, x.copy_(out) if inplace is True else out, cut), x.shape[1]), False
         raise TypeError(f"{op}: block must be one that can idle, got {parts}")
     form = parts.form
+    if num_prefix_tokens and not form.sequence:
+        raise value_error(op, "num_prefix_tokens", "0 for a block whose tokens are a grid's", num_prefix_tokens)
     tokens, context, leave = (x, context, None) if form.alone is context else form.enter(block, x, context)
     _check_tokens(op, x, tokens, parts)
     if isinstance(keep, float):
@@ -153,18 +158,20 @@ def _compute(
     if inplace == "unseen":  # a norm that is called on all tokens, or a scorer, may hold them
         inplace = parts.norm1 is not None and parts.norm1.plain and not selection.own
     elif inplace:
-        _check_inplace(op, x, block)
+        _check_inplace(op, x, block, context)
+    if cut not in (None, "none") and parts.attention.cut_reason:
+        raise TypeError(f"{op}: return_cut must be 'none' or None here: {parts.attention.cut_reason}, got {cut!r}")
     if num_keep == tokens.shape[1] - num_prefix_tokens and not parts.plain:
         args, named = given or ((), form.arguments(context))
         out = _own_forward(block)(x, *args, **named)
         out = x.copy_(out) if inplace else out
-        return all_kept(x, out, cut), False
-    if cut not in (None, "none") and parts.attention.cut_reason:
-        raise TypeError(f"{op}: return_cut must be 'none' or None here: {parts.attention.cut_reason}, got {cut!r}")
+        return with_indices(all_kept(x, out, cut), tokens.shape[1]), False
     found = run(
         tokens, parts, num_keep, num_prefix_tokens, selection, context,
         inplace=bool(inplace) and leave is None, backend=resolve(backend, op), cut=cut,
     )  # fmt: skip
+    if cut is not None:
+        found = with_indices(found, tokens.shape[1])
     if leave is None:
         return found, True
     out = leave(found.tokens)
@@ -214,8 +221,10 @@ def _check_context(op: str, context: Context, parts: Parts, tokens: Tensor, num_
         raise value_error(op, "context.rope", f"[..., N, D] with the N = {N} image tokens", rope)
 
 
-def _check_inplace(op: str, x: Tensor, block: nn.Module) -> None:
-    check_writable(op, x)
+def _check_inplace(op: str, x: Tensor, block: nn.Module, context: Context) -> None:
+    check_writable(op, x, **{"context.rope": context.rope})
+    for name, parameter in block.named_parameters():
+        check_writable(op, x, **{f"block.{name}": parameter})
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         raise value_error(op, "inplace", IN_PLACE, True)
 
@@ -249,7 +258,7 @@ class Idling:
 
 
 # What an idle block has of its own; the rest lies on the dense block, too.
-_OWN = ("_idling", "_dense")
+_OWN = ("_idling", "_dense", "_parts")
 
 
 class IdleBlock(nn.Module):
@@ -388,7 +397,7 @@ class IdleBlock(nn.Module):
             op, x, self, idling.keep, idling.num_prefix_tokens, idling.selection, context, (args, kwargs), inplace,
             "auto", return_cut,
         )  # fmt: skip
-        return out.tokens if return_cut is None else with_indices(out, x.shape[1])
+        return out.tokens if return_cut is None else out
 
     def step(self, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
         """The output for x, and whether nobody else can hold it. If that is so of x (``owned``), it is written into x,
@@ -401,8 +410,15 @@ class IdleBlock(nn.Module):
         return out.tokens, owned
 
     def watched(self) -> bool:
-        """Whether a hook, ``compile()`` or a replaced forward sees its input or output."""
-        return versions.has_hooks(self) or versions.compiled_in_place(self) or "forward" in self.__dict__
+        """Whether a hook, ``compile()``, a replaced or overridden forward or __call__ sees its input or output."""
+        kind: Any = type(self)
+        return (
+            getattr(kind.forward, "__code__", None) is not _FORWARD
+            or kind.__call__ is not _CALL
+            or versions.has_hooks(self)
+            or versions.compiled_in_place(self)
+            or "forward" in self.__dict__
+        )
 
     def dense_block(self) -> nn.Module:
         """The block this was made from, with the present modules, parameters, buffers, hooks and attributes.
@@ -426,7 +442,8 @@ class IdleBlock(nn.Module):
         return _rebuild, (self.idle_kind, self.dense_kind), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_dense"}
+        state = {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return {**state, "_idling": dataclasses.replace(self._idling)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and not issubclass(value, type(self)):
@@ -448,6 +465,9 @@ class IdleBlock(nn.Module):
         own = f"{keep}, num_prefix_tokens={idling.num_prefix_tokens}, scorer={self.scorer!r}"
         own += "" if self.select == "top" else f", select={self.select!r}"
         return f"{base}, {own}" if base else own
+
+
+_FORWARD, _CALL = IdleBlock.forward.__code__, nn.Module.__call__  # as they stand here; both may be patched later
 
 
 def check_count(op: str, num_keep: int) -> int:
@@ -494,7 +514,7 @@ class IdleSequential(nn.Sequential):
             return super().forward(x)
         owned = False  # x is a buffer that only this loop knows
         for block in self._modules.values():
-            if isinstance(block, IdleBlock) and type(block).forward is IdleBlock.forward and not block.watched():
+            if isinstance(block, IdleBlock) and not block.watched():
                 x, owned = block.step(x, owned)
             else:
                 assert block is not None

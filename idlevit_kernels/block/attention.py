@@ -64,7 +64,7 @@ class SelfAttention:
         look = watch.value
         self.module = module
         watched = watch.is_watched(module)
-        self.written = known and not watched
+        self.written = self.calls_projections = known and not watched
         self.cut_reason = "" if known else f"its attention is {type(module).__name__}, whose keys are not known"
         self.heads: int = look(module, "num_heads")
         self.rotate_half, self.num_prefix_tokens = look(module, "rotate_half"), look(module, "num_prefix_tokens")
@@ -202,7 +202,7 @@ class SelfAttention:
         if self.qkv is not None and (self.qkv.weight is None or (self.written and not self.qkv.plain)):
             return Projected(*self.project(normed, context))
         if self.qkv is None:
-            q, k = self._apart(*((p if self.written else p.read())(normed) for p in self.separate[:2]))
+            q, k = self._apart(*((p if self.calls_projections else p.read())(normed) for p in self.separate[:2]))
         else:
             weight, bias = self.qkv.weight, self.qkv.bias if self.biases is None else torch.cat(self.biases)
             assert weight is not None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Calls, calls_for
+from ..ops import Calls, calls_for, calls_with
 from ..reference.layer_norm import accumulate_dtype
 from .context import Context
 from .parts import Parts
@@ -30,7 +30,7 @@ class IdleOutput(NamedTuple):
 
     Attributes:
         tokens: [B, T, C].
-        indices: of the computed tokens, [B, P + K] int64, ascending. (Within this package None stands for all.)
+        indices: of the computed tokens, [B, P + K] int64, ascending.
         token_cut: the token cut loss, a scalar; None if it was not asked for.
     """
 
@@ -73,6 +73,7 @@ def run(
 
     branch1, branch2, norm2 = parts.branch1, parts.branch2, parts.norm2
     branch, gamma, factor = branch if branch1.bare else branch1(branch, context), branch1.gamma, branch1.factor
+    calls = calls_with(calls, branch, backend)
     if norm2 is not None and norm2.plain and norm2.parameters is not None:
         tokens, y = calls.gather_add_norm(x, indices, branch, gamma, factor, *norm2.parameters)
     else:
@@ -82,6 +83,7 @@ def run(
     branch = parts.mlp(y)  # [B, n, C]
 
     branch, gamma, factor = branch if branch2.bare else branch2(branch, context), branch2.gamma, branch2.factor
+    calls = calls_with(calls, branch, backend)
     if inplace:
         calls.scatter_add_tokens_(x, indices, tokens, branch, gamma, factor)
         return IdleOutput(x, indices, token_cut)
@@ -147,10 +149,12 @@ def choose(
     if prepares or not readable:
         normed = x if norm is None else norm(x)
         normed = context.zero_padding(normed, None) if context.pads else normed
+        normed = normed.resolve_neg()
         prepared = attention.prepare(normed, context) if prepares else None
     with torch.no_grad():  # selection has no gradient
         if selection.own:
             scores = selection.scores(x, parts.block(), num_keep, num_prefix_tokens)
+            scores = context.padding_last(scores) if context.pads else scores
         else:
             scores = _scores(x, parts, scorer, context, normed, prepared, calls)
 

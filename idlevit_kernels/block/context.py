@@ -38,6 +38,10 @@ class Context:
         """What an attention module is called with beside its tokens."""
         return {} if self.rope is None else {"rope": self.rope}
 
+    def padding_last(self, scores: Tensor) -> Tensor:
+        """Scores [rows, T] by which padding ranks below every token."""
+        return scores
+
     def zero_padding(self, normed: Tensor, indices: Tensor | None) -> Tensor:
         """Normalised tokens [rows, n, C] with zeros where there is padding in place of a token."""
         return normed

@@ -117,6 +117,9 @@ class _GeluLinear(torch.autograd.Function):
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """``F.linear(F.gelu(x), weight, bias)`` while gradients are recorded, holding x alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
+        return F.linear(F.gelu(x, approximate=approximate), weight, bias)  # the product has another type than x
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return _GeluLinear.apply(x, weight, bias, approximate)
 

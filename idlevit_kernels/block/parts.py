@@ -161,6 +161,7 @@ class Watch:
         """Whether somebody waits to see it called: a hook, a hook on all modules, ``module.compile()``."""
         self.visit(module)
         watched = bool(self._global_hooks or versions.has_hooks(module) or versions.compiled_in_place(module))
+        watched |= not is_compiling() and type(module).__call__ is not _CALL
         self.disturbed |= watched
         return watched
 
@@ -175,7 +176,6 @@ class Watch:
         self._forwards = list(map(_forward, self._kinds))
         self._full = [hooks for hooks in self._hooks if hooks]
         self._empty = [hooks for hooks in self._hooks if not hooks]
-        self._call = nn.Module.__call__
 
     def holds(self) -> bool:
         """Whether all is as it was. It runs in every layer, so there is no loop of Python's."""
@@ -187,12 +187,12 @@ class Watch:
             and all(self._full)
             and list(map(type, self._modules)) == self._types
             and list(map(_forward, self._kinds)) == self._forwards
-            and nn.Module.__call__ is self._call
             and bool(versions.any_global_module_hook()) == self._global_hooks
         )
 
 
-_forward = operator.attrgetter("forward")
+_forward = operator.attrgetter("forward", "__call__")
+_CALL = nn.Module.__call__  # as it stands here; it may be patched later
 _FORWARD, _COMPILED = itertools.repeat("forward"), itertools.repeat(versions.COMPILED)
 
 
@@ -231,9 +231,15 @@ def find_norm(module: Any, watch: Watch) -> Norm:
     if not known:
         return Norm(module, None, False)
     weight, bias, eps = (watch.value(module, name) for name in ("weight", "bias", "eps"))
-    if len(watch.value(module, "normalized_shape")) != 1 or not (plain_tensor(weight) and plain_tensor(bias)):
+    readable = plain_tensor(weight) and plain_tensor(bias) and not made_by_a_hook(module)
+    if len(watch.value(module, "normalized_shape")) != 1 or not readable:
         return Norm(module, None, False)
     return Norm(module, (weight, bias, eps), not watched, type(module) is find_kind("LayerNormFp32"))
+
+
+def made_by_a_hook(module: nn.Module) -> bool:
+    """Whether a weight or bias is no parameter, but made at each call by a hook (torch.nn.utils.prune, weight_norm)."""
+    return not is_compiling() and any(name in module.__dict__ for name in ("weight", "bias"))
 
 
 def find_linear(module: Any, watch: Watch) -> Linear:
@@ -242,7 +248,7 @@ def find_linear(module: Any, watch: Watch) -> Linear:
     if not known:
         return Linear(module, None, None, False)
     weight, bias = watch.value(module, "weight"), watch.value(module, "bias")
-    if weight is None or not (plain_tensor(weight) and plain_tensor(bias)):
+    if weight is None or made_by_a_hook(module) or not (plain_tensor(weight) and plain_tensor(bias)):
         return Linear(module, None, None, False)
     return Linear(module, weight, bias, not watched)
 
@@ -432,6 +438,7 @@ _forms: dict[str, Form] = {}
 def register_form(form: Form) -> None:
     for name in form.blocks:
         _forms[name] = form
+    _form.cache_clear()
 
 
 def dense_kind(block: nn.Module) -> Any:
@@ -500,11 +507,9 @@ def find_parts(block: Any) -> Parts | str:
     """The block's parts, looked up again when something has changed; or why the block cannot idle."""
     compiling = is_compiling()
     if not compiling:
-        try:
-            known = _known.get(block)
-        except TypeError:  # what cannot be referred to weakly is no module
-            known = None
-        if known is not None and known.watch.holds():
+        own = block.__dict__.get("_parts") if hasattr(type(block), "dense_kind") else None
+        known = own or (_known.get(block) if isinstance(block, nn.Module) else None)
+        if known is not None and known.watch.holds() and known.block() is block:
             return known
     form = block.form if compiling and hasattr(type(block), "form") else find_form(block)
     if isinstance(form, str):
@@ -513,7 +518,11 @@ def find_parts(block: Any) -> Parts | str:
     watch.visit_kind(dense_kind(block))
     parts = form.parts(block, watch)
     parts.block = (lambda: block) if compiling else weakref.ref(block)
-    if not compiling:
-        watch.seal()
+    if compiling:
+        return parts
+    watch.seal()
+    if hasattr(type(block), "dense_kind"):  # where an idle block and its parts refer to each other, both can be freed
+        block.__dict__["_parts"] = parts
+    else:
         _known[block] = parts
     return parts

@@ -78,7 +78,7 @@ class Selection:
             raise type_error("scorer", "the result", "a float tensor [B, T]", scores)
         if scores.shape != x.shape[:2] or scores.device != x.device:
             raise value_error("scorer", "the result", f"[B, T] = {list(x.shape[:2])} on {x.device}", scores)
-        return scores.to(accumulate_dtype(x.dtype))
+        return scores.to(accumulate_dtype(x.dtype)).resolve_neg()
 
     def _chosen(self, x: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
         kept = self.select(x[:, num_prefix_tokens:], num_keep)

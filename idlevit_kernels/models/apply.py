@@ -185,13 +185,18 @@ def idle_config(model: nn.Module) -> dict[str, Any]:
     blocks = _all_idle(op, model)
     first = blocks[0]
     for name in ("scorer", "select"):
-        if callable(getattr(first, name)):
+        if any(callable(getattr(block, name)) for block in blocks):
             raise value_error(
                 op, name, "a name, for a function is no JSON; pass it to apply_idle", getattr(first, name)
             )
+        if any(getattr(block, name) != getattr(first, name) for block in blocks):
+            raise value_error(op, name, "the same in all blocks", Words("blocks that differ"))
     keeps = [block.keep for block in blocks]
+    counts = any(isinstance(keep, int) for keep in keeps)
+    if counts and any(isinstance(keep, float) and keep < 1 for keep in keeps):
+        raise value_error(op, "model", "one with ratios or with counts", Words("one with both"))
     how: dict[str, Any] = {"schedule": keeps}
-    if any(isinstance(keep, int) for keep in keeps):
+    if counts:
         how = {"num_keep": [keep if isinstance(keep, int) else None for keep in keeps]}
     return {**how, "scorer": first.scorer, "select": first.select}
 

@@ -34,12 +34,13 @@ def why_no_attention(attn: Any, name: str) -> str | None:
     return None
 
 
-def through_hooks(module: nn.Module, formula: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``formula(*args)`` as if it were the module's forward: its hooks see the call, with the kept tokens."""
-    stand_in = type(type(module).__name__, (type(module),), {"forward": lambda _, *given: formula(*given)})
+def through_hooks(module: nn.Module, formula: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """``formula(y)`` as if it were the module's forward: its hooks see the call, with the kept tokens y alone, of an
+    object that has all that lies on the module."""
+    stand_in = type(type(module).__name__, (type(module),), {"forward": lambda _, y: formula(y)})
     called: Any = object.__new__(stand_in)
     called.__dict__ = module.__dict__
-    return called(*args)
+    return called(y)
 
 
 def attend(

@@ -38,7 +38,9 @@ class LayerAttention(SelfAttention):
         self.separate = tuple(find_linear(_part(module, f"{name}_proj", watch), watch) for name in "qkv")
         self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
         # Where the keys of all tokens had to be computed, those of the kept ones are used again.
-        self.output = watch.value(module, "o_proj") if own and not watched else None
+        kind = getattr(watch.value(module, "config"), "_attn_implementation", None)
+        self.output = watch.value(module, "o_proj") if own and not watched and kind in ("sdpa", "eager") else None
+        self.calls_projections = self.output is not None
         self.scale = watch.value(module, "scaling")
         self.dropout = (watch.value(module, "attention_dropout") or 0.0) if watch.value(module, "training") else 0.0
 

@@ -139,6 +139,9 @@ class WindowContext(Context):
     def images(self, tokens: Tensor) -> int:
         return tokens.shape[0] // self.windows.count
 
+    def padding_last(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(~self.windows.of_batch(self.windows.image, scores), -math.inf)
+
     def zero_padding(self, normed: Tensor, indices: Tensor | None) -> Tensor:
         """timm normalises before it pads, so padding is zero; the norm of zero is not."""
         image = self.windows.of_batch(self.windows.image, normed)
@@ -168,12 +171,10 @@ class WindowAttention:
         self.qkv, self.proj = (find_linear(look(module, name), watch) for name in ("qkv", "proj"))
         self.proj_drop = find_optional(look(module, "proj_drop"), watch)
         softmax, drop = look(module, "softmax"), look(module, "attn_drop")
-        self.softmax = None if watch.is_plain(softmax, "Softmax") else softmax
-        plain_drop = watch.is_plain(drop, "Dropout")
-        self.drop = None if plain_drop else drop
-        self.dropout = (
-            look(drop, "p") or 0.0 if plain_drop and look(module, "training") and look(drop, "training") else 0.0
-        )
+        fused = bool(look(module, "fused_attn"))  # PyTorch's attention reads the dropout's probability, and no more
+        self.softmax = None if fused or watch.is_plain(softmax, "Softmax") else softmax
+        self.drop = None if fused else find_optional(drop, watch)
+        self.dropout = (look(drop, "p") or 0.0) if fused and look(module, "training") else 0.0
         self._look(module, look)
 
     def _look(self, module: Any, look: Callable[..., Any]) -> None:
@@ -215,7 +216,8 @@ class WindowAttention:
             logits = query @ key_weight @ normed.transpose(1, 2)
             if key_bias is not None:  # the same for all tokens of a region, but regions of a window compete
                 logits = logits + (query @ key_bias)[..., None]
-        return self._biased(logits, windows, self.table(prepared))
+        scores = self._biased(logits, windows, self.table(prepared))
+        return context.padding_last(scores) if context.pads else scores
 
     def _scale(self, normed: Tensor) -> float:
         assert self.qkv.weight is not None or self.scale is not None
@@ -232,10 +234,7 @@ class WindowAttention:
         bias = table.to(acc).mean(1)[self.module.relative_position_index]  # [M^2, M^2], row i biases query i
         bias = windows.region_means(bias.expand(windows.count, -1, -1))  # [windows, regions, M^2]
         by_image = logits.to(acc).unflatten(0, (-1, windows.count)) / self.heads
-        scores = windows.own_region((by_image + bias).flatten(0, 1))
-        if windows.image is not None:
-            scores = scores.masked_fill(~windows.of_batch(windows.image, scores), -math.inf)
-        return scores
+        return windows.own_region((by_image + bias).flatten(0, 1))
 
     def cut(self, *_: Any) -> Tensor:
         raise TypeError(self.cut_reason)
@@ -256,7 +255,9 @@ class WindowAttention:
         return self._in_module(y, context, formula)
 
     def _in_module(self, y: Tensor, context: Any, formula: Callable[..., Tensor]) -> Tensor:
-        return through_hooks(self.module, formula, y, context) if self.watched else formula(y, context)
+        if not self.watched:
+            return formula(y, context)
+        return through_hooks(self.module, lambda y: formula(y, context), y)
 
     def _values(self, y: Tensor) -> Tensor:
         raise AssertionError("one module gives queries, keys and values")

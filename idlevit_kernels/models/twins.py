@@ -57,10 +57,9 @@ class PooledAttention:
                 watch.is_own(part)
                 watch.is_watched(part)
         self.scale = None if look(module, "fused_attn") else look(module, "scale")
-        drop = look(module, "attn_drop")
-        plain_drop = watch.is_plain(drop, "Dropout")
-        self.drop = None if plain_drop or look(module, "fused_attn") else drop
-        self.dropout = (look(drop, "p") or 0.0) if look(module, "training") and self.drop is None else 0.0
+        drop, fused = look(module, "attn_drop"), bool(look(module, "fused_attn"))
+        self.drop = None if fused else find_optional(drop, watch)
+        self.dropout = (look(drop, "p") or 0.0) if fused and look(module, "training") else 0.0
         self.proj_drop = find_optional(look(module, "proj_drop"), watch)
 
     @property
@@ -103,7 +102,9 @@ class PooledAttention:
         return self._in_module(y, prepared)
 
     def _in_module(self, y: Tensor, pooled: Tensor | None) -> Tensor:
-        return through_hooks(self.module, self._attend, y, pooled) if self.watched else self._attend(y, pooled)
+        if not self.watched:
+            return self._attend(y, pooled)
+        return through_hooks(self.module, lambda y: self._attend(y, pooled), y)
 
     def _attend(self, y: Tensor, pooled: Tensor | None) -> Tensor:
         """y [B, K, C], pooled [B, cells, C] -> [B, K, C]."""
@@ -155,6 +156,11 @@ class PooledForm:
                 "its queries and keys are projected by layers that are patched, offloaded or quantised, so that their"
                 " weights cannot be read for the scores; undo that, or remove_idle"
             )
+        if block.attn.sr is None:
+            return None
+        norm = find_norm(block.attn.norm, Watch()).parameters
+        if type(block.attn.sr) is not nn.Conv2d or norm is None or norm[0] is None:
+            return "its pooling is not timm's convolution and LayerNorm, whose weights are read for the scores"
         return None
 
     def parts(self, block: Any, watch: Watch) -> Parts:

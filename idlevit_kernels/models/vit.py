@@ -12,7 +12,7 @@ from ..block.context import Context
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, definer, find_branch, find_kind, find_norm, register_form
 from ..errors import value_error
-from ..versions import library_class
+from ..versions import compiled_in_place, library_class
 
 NAME = "timm VisionTransformer (LV-ViT of this package, too)"
 
@@ -88,8 +88,13 @@ def blocks(model: Any) -> list[nn.Module]:
 
 
 def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
+    present = model.blocks
+    if type(present) is not nn.Sequential or "forward" in present.__dict__ or compiled_in_place(present):
+        for i, block in enumerate(blocks):  # a container of somebody's own goes on to be called
+            present[i] = block
+        return
     sequence = IdleSequential(*blocks)
-    take_place(sequence, model.blocks)
+    take_place(sequence, present)
     model.blocks = sequence
 
 

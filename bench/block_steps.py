@@ -22,9 +22,9 @@ from rich.table import Table
 
 import idlevit_kernels as ik
 from idlevit_kernels.block.parts import Parts, find_parts
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.tables import console_for
-from idlevit_kernels.timing import Timing, alternate
+from idlevit_kernels.block.timing import Timing, alternate
+from idlevit_kernels.measure.info import device_name, environment
+from idlevit_kernels.measure.tables import console_for
 
 MODEL, LAYER, TOKENS, CHANNELS = "deit_small_patch16_224", 5, 197, 384
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.info import environment
-from idlevit_kernels.train import Options, Trainer
+from idlevit_kernels.measure.info import environment
 from idlevit_kernels.train.checkpoint import write
 from idlevit_kernels.train.data import open_data
+from idlevit_kernels.train.engine import Options, Trainer
 from idlevit_kernels.train.models import create_model
 from idlevit_kernels.train.recipe import recipe_for
 

@@ -51,7 +51,7 @@ def triton_key(arch: str) -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("gpu_pack: Triton is not installed for this Python")
     library = (Path(spec.origin).parent / "_C" / "libtriton.so").read_bytes()
-    ours = sources("idlevit_kernels/backends/triton/*.py")
+    ours = sources("idlevit_kernels/ops/backends/triton/*.py")
     return digest([arch.encode(), sys.version.encode(), library, *ours])
 
 
@@ -139,10 +139,10 @@ def compiling(arch: str) -> Iterator[None]:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build, driver
 
-    from idlevit_kernels import backends
-    from idlevit_kernels.backends import native
+    from idlevit_kernels.ops import backends
+    from idlevit_kernels.ops.backends import native
 
-    token_cut_loss = importlib.import_module("idlevit_kernels.backends.triton.token_cut_loss")
+    token_cut_loss = importlib.import_module("idlevit_kernels.ops.backends.triton.token_cut_loss")
     ours, reference = backends.module("triton"), backends.module("reference")
     os.environ["TRITON_LIBCUDA_PATH"] = _stub_library()
     build._load_module_from_path = lambda name, path: _Anything()
@@ -189,8 +189,8 @@ def _cases(index: int, of: int) -> None:
     """Of ops: those of bench/gpu_steps.py's ``correct`` and of tests/gpu."""
     import torch
 
-    from idlevit_kernels import testing
-    from idlevit_kernels.testing import Case
+    from idlevit_kernels.ops import testing
+    from idlevit_kernels.ops.testing import Case
 
     more = [
         *(Case(2, 49, 33, 11, P=2, dtype=dtype) for dtype in testing.DTYPES),
@@ -215,7 +215,7 @@ def _steps(index: int, of: int) -> None:
     import gpu_steps
     import torch
 
-    from idlevit_kernels.timing import Timing
+    from idlevit_kernels.block.timing import Timing
 
     def once(calls: Any, *_: Any, **__: Any) -> Any:
         for call in calls.values():

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from idlevit_kernels.info import backend_reasons, device_name, environment
+from idlevit_kernels.measure.info import backend_reasons, device_name, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 150

@@ -16,11 +16,11 @@ import torch
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends, reference, testing
-from idlevit_kernels.benchmark import find_device
-from idlevit_kernels.info import backend_reasons
-from idlevit_kernels.latency import num_inputs
-from idlevit_kernels.timing import Timing, alternated_samples
+from idlevit_kernels.block.latency import num_inputs
+from idlevit_kernels.block.timing import Timing, alternated_samples
+from idlevit_kernels.measure.info import backend_reasons
+from idlevit_kernels.measure.machine import find_device
+from idlevit_kernels.ops import backends, reference, testing
 
 DEVICE = find_device("bench", None)
 CASES = {batch: testing.Case(batch, 196, 384, 137) for batch in (1, 8, 32)}

@@ -3,8 +3,8 @@
 Four forms of the step (forward, loss, backward, AdamW; the teacher's outputs are given, its forward is left out):
 
 - idle: IdleViT with token cut loss and distillation, as this package trains it.
-- masked: the same loss in the paper's form (``reference/masked_form.py``): dense attention with idle keys masked, its
-  logits stored, as the cut loss needs them.
+- masked: the same loss in the paper's form (``ops/reference/masked_form.py``): dense attention with idle keys masked,
+  its logits stored, as the cut loss needs them.
 - idle, no cut: IdleViT with distillation alone.
 - dense: finetuning of the dense timm model (with its fused attention) on the labels alone.
 
@@ -35,9 +35,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.reference.masked_form import masked_form
-from idlevit_kernels.timing import alternate
+from idlevit_kernels.block.timing import alternate
+from idlevit_kernels.measure.info import device_name, environment
+from idlevit_kernels.ops.reference.masked_form import masked_form
 
 MODEL, KEEP_RATIO, CLASSES = "deit_small_patch16_224", 0.7, 1000
 FORMS = ("idle", "masked", "idle, no cut", "dense")

@@ -1,13 +1,24 @@
 """IdleViT: Vision Transformers whose tokens idle instead of being dropped, with fused kernels (arXiv 2310.05654)."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-from .backends import use_backend
+from . import versions
 from .block import Context, IdleBlock, IdleOutput, idle_block
-from .capture import CapturedModel, capture
-from .complexity import MacReport, count_macs
+from .deploy.cuda_graph import CapturedModel, capture
+from .deploy.pictures import visualize
 from .errors import BackendError
-from .functional import (
+from .measure.macs import MacReport, count_macs
+from .models import (
+    IdleViTForTraining,
+    apply_idle,
+    idle_blocks,
+    idle_config,
+    load_released,
+    remove_idle,
+    set_keep_ratio,
+)
+from .models.recording import selections
+from .models.training import IdleViTOutput
+from .ops.backends import use_backend
+from .ops.functional import (
     cls_direction,
     expand_tokens,
     gather_add_norm,
@@ -21,23 +32,10 @@ from .functional import (
     token_cut_loss,
     token_scores,
 )
-from .losses import IdleViTLoss, IdleViTOutput
-from .models import (
-    IdleViTForTraining,
-    apply_idle,
-    idle_blocks,
-    idle_config,
-    load_released,
-    remove_idle,
-    set_keep_ratio,
-)
 from .schedule import idle_schedule
-from .visualize import selections, visualize
+from .train.losses import IdleViTLoss
 
-try:
-    __version__ = version("idlevit-kernels")
-except PackageNotFoundError:  # imported from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = versions.PACKAGE
 
 __all__ = [
     "BackendError",

@@ -611,6 +611,9 @@ def installed(distribution: str) -> str | None:
         return None
 
 
+PACKAGE = installed("idlevit-kernels") or "0+unknown"  # the latter in a source tree that is not installed
+
+
 def libraries() -> dict[str, dict[str, Any]]:
     """What is installed of FLOORS, the floor, and whether it is older than that, which nobody has tested."""
     known = {"Python": platform.python_version(), "torch": str(torch.__version__)}

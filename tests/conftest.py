@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from idlevit_kernels.backends import cpu
+from idlevit_kernels.ops.backends import cpu
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

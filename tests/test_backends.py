@@ -14,8 +14,8 @@ import torch
 from timm.models.vision_transformer import Block
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends
-from idlevit_kernels.backends import BACKENDS, cpu, reference
+from idlevit_kernels.ops import backends
+from idlevit_kernels.ops.backends import BACKENDS, cpu, reference
 
 NO_GPU = not torch.cuda.is_available()
 X = torch.randn(2, 5, 8)
@@ -246,7 +246,7 @@ def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 WHICH = """
 import torch, idlevit_kernels as ik
-from idlevit_kernels.backends import cpu, reference
+from idlevit_kernels.ops.backends import cpu, reference
 for name, module in (("cpu", cpu), ("reference", reference)):
     def spy(*a, name=name, run=module.select_tokens):
         print(name)
@@ -277,7 +277,7 @@ def test_invalid_environment_variable(variable: str) -> None:
 
 
 def test_instruction_set_variable() -> None:
-    script = "from idlevit_kernels.backends import cpu; print(cpu.extension().cpu_instruction_set())"
+    script = "from idlevit_kernels.ops.backends import cpu; print(cpu.extension().cpu_instruction_set())"
     assert python(script, IDLEVIT_CPU_ISA="baseline").stdout.strip() == "baseline"
 
 

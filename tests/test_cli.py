@@ -9,9 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from idlevit_kernels import __version__, benchmark, env, timing, versions
-from idlevit_kernels.backends import BACKENDS
+from idlevit_kernels import __version__, env, versions
+from idlevit_kernels.block import timing
 from idlevit_kernels.cli import app
+from idlevit_kernels.measure import benchmark
+from idlevit_kernels.ops.backends import BACKENDS
 
 SMALL = ["--model", "deit_tiny_patch16_224", "--image-size", "64", "--seconds", "0.5", "--device", "cpu"]
 
@@ -70,7 +72,7 @@ def test_info_tells_of_a_variable_with_a_bad_value(monkeypatch):
 
 
 def test_info_tells_of_a_backend_that_breaks(monkeypatch):
-    from idlevit_kernels.backends import reference
+    from idlevit_kernels.ops.backends import reference
 
     def broken():
         raise OSError("no such library")

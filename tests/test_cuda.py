@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels.backends import cuda, native
-from idlevit_kernels.testing import OPS, Case, make_arguments
+from idlevit_kernels.ops.backends import cuda, native
+from idlevit_kernels.ops.testing import OPS, Case, make_arguments
 
 REASONS = cuda.installed()
 KERNELS = [

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from idlevit_kernels import reference
-from idlevit_kernels.backends.cuda import CUDAOps
-from idlevit_kernels.testing import CASES, DTYPES, OPS, Case, check, expected, make_arguments
+from idlevit_kernels.ops import reference
+from idlevit_kernels.ops.backends.cuda import CUDAOps
+from idlevit_kernels.ops.testing import CASES, DTYPES, OPS, Case, check, expected, make_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels import reference, testing
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.ops import reference, testing
+from idlevit_kernels.ops.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

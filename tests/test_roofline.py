@@ -7,8 +7,8 @@ import timm
 import torch
 
 import idlevit_kernels as ik
-from idlevit_kernels import roofline
-from idlevit_kernels.roofline import GPUS, Device, Shape, dense_block_steps, idle_block_steps, predict
+from idlevit_kernels.measure import roofline
+from idlevit_kernels.measure.roofline import GPUS, Device, Shape, dense_block_steps, idle_block_steps, predict
 
 SHAPES = [roofline.deit_s(b, stage) for b in (1, 8, 256) for stage in (1, 2, 3)]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import idlevit_kernels as ik
-from idlevit_kernels import testing
-from idlevit_kernels.backends import module
+from idlevit_kernels.ops import testing
+from idlevit_kernels.ops.backends import module
 
 SMALL = testing.Case(2, 9, 6, 4, P=2)
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from idlevit_kernels import backends, testing  # noqa: E402
-from idlevit_kernels.backends.triton import compile_table  # noqa: E402
-from idlevit_kernels.backends.triton.compile_table import SHAPES, TYPES  # noqa: E402
+from idlevit_kernels.ops import backends, testing  # noqa: E402
+from idlevit_kernels.ops.backends.triton import compile_table  # noqa: E402
+from idlevit_kernels.ops.backends.triton.compile_table import SHAPES, TYPES  # noqa: E402
 
 DOUBLE = TYPES[-1]
 
@@ -44,7 +44,7 @@ def test_what_is_refused_does_not_compile(architecture: int) -> None:
     (index, *_) = (i for i, launch in enumerate(found) if launch.name == "token_cut_loss_backward")
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         error = pool.submit(compile_table._compile, (SHAPES[0], DOUBLE, index, architecture)).exception()
-    assert error is not None, "Triton compiles it by now: take the reason out of backends/triton"
+    assert error is not None, "Triton compiles it by now: take the reason out of ops/backends/triton"
 
 
 def test_float64_gradients_of_the_cut_loss_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:

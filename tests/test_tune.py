@@ -18,14 +18,16 @@ from typer.testing import CliRunner
 
 import idlevit_kernels as ik
 import idlevit_kernels.models.lvvit
-from idlevit_kernels import tune
 from idlevit_kernels.block import IdleBlock
+from idlevit_kernels.block.latency import BlockInput, slower_than_dense
+from idlevit_kernels.block.timing import Timing
 from idlevit_kernels.cli import app
-from idlevit_kernels.latency import BlockInput, block_inputs, slower_than_dense, steps, token_counts
+from idlevit_kernels.measure import tune
+from idlevit_kernels.measure.staircase import steps, token_counts
+from idlevit_kernels.measure.tune import Target, fastest, fill, tune_schedule
+from idlevit_kernels.models.inputs import block_inputs
 from idlevit_kernels.models.vit import blocks
 from idlevit_kernels.schedule import num_kept, read_schedule
-from idlevit_kernels.timing import Timing
-from idlevit_kernels.tune import Target, fastest, fill, tune_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

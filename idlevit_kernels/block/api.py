@@ -9,11 +9,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .. import ops, versions
-from ..backends import resolve
+from .. import versions
 from ..errors import refuse_renamed, type_error, value_error
-from ..functional import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
-from ..reference.token_cut_loss import ROW_WEIGHTS
+from ..ops import library as ops
+from ..ops.backends import resolve
+from ..ops.checks import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
+from ..ops.reference.token_cut_loss import ROW_WEIGHTS
 from ..schedule import check_ratio, num_kept
 from .chain import NO_TORCHSCRIPT, IdleOutput, all_kept, run, with_indices
 from .context import Context

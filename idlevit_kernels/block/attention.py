@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import describe
-from ..ops import Calls
-from ..reference.layer_norm import accumulate_dtype
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls
 from . import scoring
 from .context import Context
 from .linear import Linear, linear

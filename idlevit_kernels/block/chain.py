@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Calls, calls_for, calls_with
-from ..reference.layer_norm import accumulate_dtype
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls, calls_for, calls_with
 from .context import Context
 from .parts import Parts
 from .scoring import Selection

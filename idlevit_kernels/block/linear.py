@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from .. import ops, versions
-from ..backends import native
+from .. import versions
+from ..ops import library as ops
+from ..ops.backends import native
 
 
 class Linear(NamedTuple):

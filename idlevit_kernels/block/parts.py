@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import versions
-from ..ops import PLAIN, Calls
+from ..ops.library import PLAIN, Calls
 from .context import Context
 from .linear import Linear
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..errors import Words, type_error, value_error
-from ..reference.layer_norm import accumulate_dtype
+from ..ops import library as ops
+from ..ops.dtypes import accumulate_dtype
 from .linear import Linear
 
 SCORERS = ("auto", "cls", "mean", "random")

@@ -1,7 +1,7 @@
 """From a dense model to an IdleViT and back."""
 
 from .apply import apply_idle, idle_blocks, idle_config, remove_idle, set_keep_ratio
-from .checkpoint import load_released
+from .released import load_released
 from .training import IdleViTForTraining
 
 __all__ = [

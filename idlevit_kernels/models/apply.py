@@ -19,15 +19,16 @@ from torch import nn
 
 from ..block import IdleBlock
 from ..block.api import check_count
+from ..block.latency import slower_than_dense
 from ..block.parts import find_form
 from ..block.scoring import Scorer, Select, check_scorer, check_select
-from ..complexity import register_flop_formulas
 from ..errors import Words, refuse_renamed, type_error, value_error
-from ..functional import check_integer
-from ..latency import block_inputs, slower_than_dense
+from ..ops.checks import check_integer
+from ..ops.flops import register_flop_formulas
 from ..schedule import check_ratio, check_schedule, idle_schedule
 from ..versions import library_class
 from . import eva, huggingface, swin, twins, vit
+from .inputs import block_inputs
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -15,7 +15,7 @@ from ..block.attention import Projected, SelfAttention, check_branch, heads_apar
 from ..block.context import Context
 from ..block.parts import Entered, Parts, Watch, find_branch, find_kind, find_linear, find_norm, register_form
 from ..errors import value_error
-from ..ops import Calls
+from ..ops.library import Calls
 from ..versions import library_class
 
 NAME = "transformers ViT, DeiT or DINOv2"

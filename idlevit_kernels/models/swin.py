@@ -32,8 +32,8 @@ from ..block.linear import linear
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
 from ..errors import value_error
-from ..ops import Calls
-from ..reference.layer_norm import accumulate_dtype
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls
 from ..versions import library_class
 from .grid import attend, put_blocks, through_hooks, why_no_attention
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,26 @@ from torch.utils.checkpoint import checkpoint
 
 from ..block import IdleBlock
 from ..errors import type_error, value_error
-from ..losses import IdleViTOutput
-from ..reference.layer_norm import accumulate_dtype
-from ..reference.token_cut_loss import ROW_WEIGHTS
+from ..ops.dtypes import accumulate_dtype
+from ..ops.reference.token_cut_loss import ROW_WEIGHTS
 from .apply import find_family
+
+
+class IdleViTOutput(NamedTuple):
+    """What ``IdleViTForTraining`` returns and ``IdleViTLoss`` reads. B images, L idle layers.
+
+    Attributes:
+        logits: [B, classes]; the pair (class head, distillation head) of a distilled model in distilled training.
+        features: what the classifier reads, before it: [B, C]; or, in families that classify from every token,
+            all normalised tokens [B, T, C], of which the loss compares those that the last idle layer kept.
+        token_cut: [L], the token cut loss of each idle layer, float32 (float64 in a float64 model).
+        indices: of each idle layer, the tokens that it computed, [B, n] int64.
+    """
+
+    logits: Tensor | tuple[Tensor, Tensor]
+    features: Tensor
+    token_cut: Tensor
+    indices: tuple[Tensor, ...]
 
 
 class IdleViTForTraining(nn.Module):

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..benchmark import check_model_name
 from ..errors import value_error
 from ..models import load_released
+from ..models.create import check_model_name
+from .data import Digits
 from .recipe import Recipe
 
 
@@ -19,8 +20,6 @@ def digits_vit(num_classes: int = 10) -> nn.Module:
     """
     from timm.layers import LayerNorm2d, PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
-
-    from .data import Digits
 
     class Stem(PatchEmbed):
         def __init__(self, in_chans: int = 3, embed_dim: int = 768, **options: Any):
@@ -63,8 +62,6 @@ def create_model(recipe: Recipe, num_classes: int | None, weights: str | None) -
         model = digits_vit(10 if num_classes is None else num_classes)
     else:
         import timm
-
-        from ..models import lvvit  # noqa: F401 registers LV-ViT
 
         check_model_name("train", recipe.model)
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}

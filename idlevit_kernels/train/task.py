@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..benchmark import check_model_name, set_threads
-from ..complexity import count_macs
+from ..block.timing import alternate
 from ..errors import value_error
+from ..measure.machine import set_threads
+from ..measure.macs import count_macs
 from ..models import apply_idle
+from ..models.create import check_model_name
 from ..schedule import check_ratio
-from ..timing import alternate
 from . import checkpoint
 from .data import Data, open_data, val_loader
 from .distributed import World

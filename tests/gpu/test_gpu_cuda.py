@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels.backends import cuda
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.ops.backends import cuda
+from idlevit_kernels.ops.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
 
 pytestmark = [
     pytest.mark.gpu,

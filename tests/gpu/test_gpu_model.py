@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends, testing
+from idlevit_kernels.ops import backends, testing
 
 DEVICE = "cuda"
 pytestmark = [

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels import reference, testing
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.ops import reference, testing
+from idlevit_kernels.ops.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -215,8 +215,8 @@ def test_float64_gradients_of_the_cut_loss() -> None:
 
 
 def test_auto_chooses_triton() -> None:
-    from idlevit_kernels import backends
-    from idlevit_kernels.backends import module
+    from idlevit_kernels.ops import backends
+    from idlevit_kernels.ops.backends import module
 
     for op in OPS:
         arguments = make_arguments(op, Case(2, 9, 6, 4), device="cuda")

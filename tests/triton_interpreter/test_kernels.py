@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels import testing
-from idlevit_kernels.backends import triton as backend
-from idlevit_kernels.testing import DTYPES, OPS, TOLERANCES, Case, error, expected, make_arguments, run
+from idlevit_kernels.ops import testing
+from idlevit_kernels.ops.backends import triton as backend
+from idlevit_kernels.ops.testing import DTYPES, OPS, TOLERANCES, Case, error, expected, make_arguments, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -9,7 +9,7 @@ import abc
 import functools
 import importlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +72,9 @@ def address(t: Tensor) -> int:
     return at
 
 
-class Parameters(NamedTuple):
-    """Of a norm, a LayerScale or a direction, as a kernel takes them."""
-
-    types: tuple[int, ...]  # what the kernel is told of the dtypes
-    addresses: list[int]  # 0 for None
-    owners: list[Tensor]  # copies that the addresses lie in: to be kept until the kernel has run
+Parameters = tuple[tuple[int, ...], list[int], list[Tensor]]
+"""Of a norm, a LayerScale or a direction, as a kernel takes them: what it is told of the dtypes; addresses, 0 for None;
+copies that the addresses lie in, to be kept until the kernel has run."""
 
 
 def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> Parameters:
@@ -98,7 +95,7 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
         if at < _LOW:
             address(t)
         addresses.append(at)
-    return Parameters(codes, addresses, owners)
+    return codes, addresses, owners
 
 
 class NativeOps(abc.ABC):
@@ -265,11 +262,13 @@ class NativeOps(abc.ABC):
     ) -> None:
         """Writes into ``out``; the rows that no index names come from x, or are zero where x is None."""
         indices, tokens = dense(indices, torch.int64), dense(tokens, out.dtype)
-        branch = _dense_or_none(branch, out.dtype)
+        at_branch = 0
+        if branch is not None:
+            branch = dense(branch, out.dtype)
+            at_branch = branch.data_ptr()
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
-        at_branch = 0 if branch is None else address(branch)
-        source = (0, 0, 0) if x is None else (address(x), *x.stride()[:2])
+        source = (0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:2])
         failure = self.call(
             "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
             at_branch, at_gamma, scale, out.data_ptr(), by_image, by_token,

@@ -34,7 +34,7 @@ class Mlp(NamedTuple):
         elif torch.is_grad_enabled() and fc2.plain and fc2.weight is not None and recompute_gelu():
             out = gelu_linear(fc1(y), fc2.weight, fc2.bias, gelu)
         elif fc1.plain and fc1.weight is not None:
-            out = fc2(linear_gelu(y, fc1.weight, fc1.bias, gelu))
+            out = fc2(linear_gelu(y, fc1, gelu))
         else:
             out = fc2(self.act(fc1(y)))
         return out if self.drop2 is None else self.drop2(out)

@@ -87,6 +87,7 @@ class SelfAttention:
         self.proj = None if proj is None else find_linear(proj, watch)
         self._find_projections(module, watch)
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        self.turns = bool(norms)
         self.linear_keys = self.weight is not None and all(watch.is_a(norm, "Identity") for norm in norms)
         if self.qkv is None:
             self.linear_keys = self.linear_keys and self.separate[1].weight is not None
@@ -138,7 +139,9 @@ class SelfAttention:
             q, k, v = self._apart(*(p(y) for p in self.separate))
         else:
             q, k, v = self._split(self.qkv(y) if self.biases is None else self._biased(y), 3)
-        return *self._turn(q, k, context), v
+        if self.turns or context.rope is not None:
+            q, k = self._turn(q, k, context)
+        return q, k, v
 
     def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         head_dim = query.shape[2] // self.heads

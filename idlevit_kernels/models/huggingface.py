@@ -128,10 +128,12 @@ def _block_mask(mask: Tensor) -> Any:
     """A boolean mask [B or 1, 1, n, n] as flex attention takes it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask[image, 0, query, key]
+    pairs = mask.squeeze(1)  # PyTorch 2.10 has no rule for an index that is a number among tensors
 
-    images, _, queries, keys = mask.shape
+    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return pairs[image, query, key]
+
+    images, queries, keys = pairs.shape
     return create_block_mask(sees, images, None, queries, keys, device=mask.device)
 
 

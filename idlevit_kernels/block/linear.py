@@ -7,8 +7,9 @@ stale. In training, an MLP's GELU is computed again in the backward instead of b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from .. import ops, versions
 from ..backends import native
 
 
-class Linear(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Linear:
     """A projection of the last axis.
 
     Attributes:
@@ -37,7 +39,7 @@ class Linear(NamedTuple):
 
     def read(self) -> Linear:
         """The same, by its parameters if they can be read, whoever watches the module."""
-        return self._replace(plain=self.weight is not None)
+        return Linear(self.module, self.weight, self.bias, self.weight is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from .linear import Linear, gelu_linear, linear_gelu, recompute_gelu
 from .parts import Watch, find_linear, find_optional
 
 
-class Mlp(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Mlp:
     """fc2(norm(drop1(act(fc1(y))))), then drop2; where ``gated``, fc1 gives two halves of which one is a gate.
 
     ``approximate`` is that of GELU, None for another activation.

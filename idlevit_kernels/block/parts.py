@@ -7,13 +7,14 @@ parameter, setting (eps, heads, dropout, mode) and hook is what it was. What can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import operator
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,11 @@ _CALL = nn.Module.__call__  # as it stands here; it may be patched later
 # What the parts are
 
 
-class Norm(NamedTuple):
+# This and what else is called are no named tuples: the compiler of PyTorch 2.10 cannot call one that holds a module.
+
+
+@dataclasses.dataclass(eq=False)
+class Norm:
     """A norm over channels.
 
     Attributes:
@@ -233,7 +238,7 @@ class Norm(NamedTuple):
 
     def read(self) -> Norm:
         """The same, by its parameters if they can be read, whoever watches the module."""
-        return self._replace(plain=self.parameters is not None)
+        return Norm(self.module, self.parameters, self.parameters is not None, self.casts)
 
 
 def find_norm(module: Any, watch: Watch) -> Norm:

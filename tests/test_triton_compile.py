@@ -1,5 +1,5 @@
-"""Compiles every Triton kernel for every type and architecture, without a GPU: ``pytest -s`` on this file prints the
-table. No kernel may spill registers or need a stack, and what is not compiled must have a reason."""
+"""Compiles the Triton kernels without a GPU. No kernel may spill registers or need a stack; what is not compiled must
+have a reason. ``pytest -m full -s`` on this file prints the table of every shape, type and architecture."""
 
 from __future__ import annotations
 
@@ -13,19 +13,33 @@ pytest.importorskip("triton")
 
 from idlevit_kernels.ops import backends, testing  # noqa: E402
 from idlevit_kernels.ops.backends.triton import compile_table  # noqa: E402
-from idlevit_kernels.ops.backends.triton.compile_table import SHAPES, TYPES  # noqa: E402
+from idlevit_kernels.ops.backends.triton.compile_table import ARCHITECTURES, SHAPES, TYPES  # noqa: E402
 
 DOUBLE = TYPES[-1]
 
 
+# Each type and each architecture once, at the widest shape.
+SOME = [(types, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, types in enumerate(TYPES)]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("types", "architecture"), SOME, ids=lambda value: getattr(value, "name", f"sm_{value}"))
+def test_no_kernel_spills(types: compile_table.Types, architecture: int) -> None:
+    check(list(compile_table.table([architecture], [types], SHAPES[-1:])), types)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: types.name)
-def test_no_kernel_spills(types: compile_table.Types) -> None:
+def test_no_kernel_of_any_shape_and_architecture_spills(types: compile_table.Types) -> None:
     rows = list(compile_table.table(types=[types]))
     print()
     for line in compile_table.lines(rows):
         print(line)
-    assert {row.architecture for row in rows} == {80, 90, 100, 120}
+    assert {row.architecture for row in rows} == set(ARCHITECTURES) == {80, 90, 100, 120}
+    check(rows, types)
+
+
+def check(rows: list[compile_table.Row], types: compile_table.Types) -> None:
     refused = {(row.launch.name, row.types) for row in rows if row.usage is None}
     assert refused == ({("token_cut_loss_backward", "float64")} if types == DOUBLE else set())
     for row in rows:

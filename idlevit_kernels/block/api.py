@@ -92,7 +92,8 @@ def idle_block(
         select: "top" (the K largest scores), or a function of (image tokens [B, N, C], K) that returns the indices of
             those to compute, [B, K] int64 in [0, N).
         context: what belongs to the tokens beside their values: a rotary embedding, of which those of the kept tokens
-            are gathered (then the real, rotated queries and keys score); the grid's size.
+            are gathered (then the real, rotated queries and keys score); the grid's size; for transformers' layers, a
+            mask of pairs of tokens. A token that nothing sees is padding: it counts in N and is kept last.
         inplace: write the result into x. Everything that shares its memory changes; not while gradients are recorded.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         return_indices: also return the indices of the computed tokens, [B, P + K] int64, ascending.
@@ -205,7 +206,17 @@ def _check_tokens(op: str, x: Tensor, tokens: Tensor, parts: Parts) -> None:
 
 
 def _check_context(op: str, context: Context, parts: Parts, tokens: Tensor, num_prefix_tokens: int) -> None:
-    rope = context.rope
+    rope, mask = context.rope, context.mask
+    if mask is not None:
+        heads = getattr(parts.attention, "mask_heads", None)
+        if heads is None:
+            raise value_error(op, "context", "without a mask, which the block's attention does not take", mask)
+        B, T = tokens.shape[:2]
+        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise type_error(op, "context.mask", "a boolean or float tensor [B or 1, H or 1, T, T]", mask)
+        shapes = [(b, h, T, T) for b in (1, B) for h in (1, heads)]
+        if mask.shape not in shapes:
+            raise value_error(op, "context.mask", f"[{B} or 1, {heads} or 1, {T}, {T}]", mask)
     if rope is None:
         return
     unrotated = getattr(parts.attention, "num_prefix_tokens", None)

@@ -87,6 +87,7 @@ class SelfAttention:
         self.proj = None if proj is None else find_linear(proj, watch)
         self._find_projections(module, watch)
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        self.turns = bool(norms)
         self.linear_keys = self.weight is not None and all(watch.is_a(norm, "Identity") for norm in norms)
         if self.qkv is None:
             self.linear_keys = self.linear_keys and self.separate[1].weight is not None
@@ -138,7 +139,9 @@ class SelfAttention:
             q, k, v = self._apart(*(p(y) for p in self.separate))
         else:
             q, k, v = self._split(self.qkv(y) if self.biases is None else self._biased(y), 3)
-        return *self._turn(q, k, context), v
+        if self.turns or context.rope is not None:
+            q, k = self._turn(q, k, context)
+        return q, k, v
 
     def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         head_dim = query.shape[2] // self.heads
@@ -231,6 +234,7 @@ class SelfAttention:
         if (
             scorer != "cls"
             or context.rope is not None
+            or context.mask is not None
             or not self.linear_keys
             or qkv is None
             or self.biases is not None
@@ -239,12 +243,14 @@ class SelfAttention:
         return None if qkv.weight is None else (qkv.weight, qkv.bias)
 
     def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
-        if context.rope is not None or not self.linear_keys:
+        if context.rope is not None or context.mask is not None or not self.linear_keys:
             return None
         query, key, _ = self.projections()
         return scoring.direction(query, key, self.heads, queries())
 
     def scores(self, normed: Tensor, prepared: Projected | None, scorer: str, context: Context) -> Tensor:
+        if context.mask is not None:
+            return self._masked_scores(normed, prepared, scorer, context.mask)
         if prepared is not None:
             return scoring.from_keys(prepared.q, prepared.k, scorer)
         if context.rope is not None:
@@ -256,6 +262,15 @@ class SelfAttention:
         u = scoring.direction(query, key, self.heads, queries)
         acc = accumulate_dtype(normed.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
+
+    def _masked_scores(self, normed: Tensor, prepared: Projected | None, scorer: str, mask: Tensor) -> Tensor:
+        # What hides keys from one query in all heads alike changes no logit: the direction scores the keys it sees.
+        if prepared is None and scorer == "cls" and mask.dtype == torch.bool and mask.shape[1] == 1:
+            return self.scores(normed, None, scorer, Context.NOTHING).masked_fill(~mask[:, 0, 0], -torch.inf)
+        if prepared is None:
+            q, k = self._apart(*(p.read()(normed) for p in self.projections()[:2]))
+            prepared = Projected(q, k, None)
+        return scoring.from_seen_keys(prepared.q, prepared.k, scorer, mask, self.scale)
 
     def cut(self, prepared: Projected, indices: Tensor, num_prefix_tokens: int, kind: str, calls: Calls) -> Tensor:
         q, k = prepared.q, prepared.k

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from ..block.attention import Projected, SelfAttention, check_branch, heads_apar
 from ..block.context import Context
 from ..block.parts import Entered, Parts, Watch, find_branch, find_kind, find_linear, find_norm, register_form
 from ..errors import value_error
-from ..ops.library import Calls
+from ..ops.library import Calls, transformed
 from ..versions import library_class
 
 NAME = "transformers ViT, DeiT or DINOv2"
@@ -34,18 +35,22 @@ class LayerAttention(SelfAttention):
     def __init__(self, module: Any, watch: Watch):
         self.module = module
         own, watched = watch.is_own(module), watch.is_watched(module)
-        self.heads = watch.value(module, "num_attention_heads")
+        self.heads = self.mask_heads = watch.value(module, "num_attention_heads")
         self.separate = tuple(find_linear(_part(module, f"{name}_proj", watch), watch) for name in "qkv")
         self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
         # Where the keys of all tokens had to be computed, those of the kept ones are used again.
         kind = getattr(watch.value(module, "config"), "_attn_implementation", None)
+        self.flex = kind == "flex_attention"
         self.output = watch.value(module, "o_proj") if own and not watched and kind in ("sdpa", "eager") else None
         self.calls_projections = self.output is not None
         self.scale = watch.value(module, "scaling")
         self.dropout = (watch.value(module, "attention_dropout") or 0.0) if watch.value(module, "training") else 0.0
 
     def call(self, y: Tensor, context: Context) -> Tensor:
-        out = self.module(y)
+        mask: Any = context.mask
+        if mask is not None and self.flex:
+            mask = _block_mask(mask)
+        out = self.module(y) if mask is None else self.module(y, mask)
         return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
 
     def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, calls: Calls) -> Tensor:
@@ -53,9 +58,8 @@ class LayerAttention(SelfAttention):
             return self.call(y, context)
         q, k = (calls.gather_tokens(heads_together(t), indices) for t in prepared[:2])
         q, k, v = (heads_apart(t, prepared.q.shape[3]) for t in (q, k, self.separate[2](y)))
-        return self.output(
-            heads_together(F.scaled_dot_product_attention(q, k, v, None, self.dropout, scale=self.scale))
-        )
+        out = F.scaled_dot_product_attention(q, k, v, context.mask, self.dropout, scale=self.scale)
+        return self.output(heads_together(out))
 
 
 class LayerForm:
@@ -84,20 +88,52 @@ class LayerForm:
         branches = [find_branch(watch, drop, scale) for scale in scales]
         return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
 
-    def context(self, block: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
+    def context(self, block: Any, attention_mask: Any = None, *_: Any, **kwargs: Any) -> Context:
         """``kwargs`` are what a transformers model hands down to all of its layers."""
-        if attention_mask is not None:
-            raise value_error("IdleBlock", "attention_mask", "None: idle tokens need full attention", attention_mask)
         if kwargs.get("output_attentions", block.attention.config.output_attentions):
             expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
             raise value_error("IdleBlock", "output_attentions", expected, True)
-        return Context.NOTHING
+        mask = None if attention_mask is None else _find_mask(attention_mask)
+        return Context.NOTHING if mask is None else Context(mask=mask)
 
     def arguments(self, context: Context) -> dict[str, Any]:
-        return {}
+        return {} if context.mask is None else {"attention_mask": context.mask}
 
     def enter(self, layer: Any, x: Tensor, context: Context) -> Entered:
         return x, context, None
+
+
+def _find_mask(mask: Any) -> Tensor | None:
+    """Which token sees which, [B, 1, T, T]; None if each sees all. Where a compiler or a GPU would have to wait for the
+    values to know that, the mask is taken as it is.
+
+    transformers gives its layers a mask of nothing but True under torch.export, for flex attention, and under a
+    compiler with a PyTorch that is older than its newest.
+    """
+    if hasattr(mask, "mask_mod"):  # a BlockMask
+        from torch.nn.attention.flex_attention import create_mask
+
+        B, H, T, keys = mask.shape
+        mask = create_mask(mask.mask_mod, B, H, T, keys, mask.kv_indices.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise value_error("IdleBlock", "attention_mask", "None or a mask [B, 1, T, T] of pairs of tokens", mask)
+    if type(mask) is Tensor and mask.is_cpu and not torch.compiler.is_compiling() and not transformed():
+        nothing = mask.all() if mask.dtype == torch.bool else not mask.any()
+        return None if nothing else mask
+    return mask
+
+
+def _block_mask(mask: Tensor) -> Any:
+    """A boolean mask [B or 1, 1, n, n] as flex attention takes it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    pairs = mask.squeeze(1)  # PyTorch 2.10 has no rule for an index that is a number among tensors
+
+    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return pairs[image, query, key]
+
+    images, queries, keys = pairs.shape
+    return create_block_mask(sees, images, None, queries, keys, device=mask.device)
 
 
 def _part(layer: Any, name: str, watch: Watch) -> Any:

@@ -130,7 +130,7 @@ class WindowContext(Context):
     indices: Tensor | None = None
 
     @property
-    def pads(self) -> bool:  # type: ignore[override]
+    def pads(self) -> bool:
         return self.windows.image is not None
 
     def take(self, indices: Tensor, num_prefix_tokens: int) -> Context:

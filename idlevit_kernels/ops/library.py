@@ -202,7 +202,8 @@ def calls_for(x: Tensor, backend: str) -> Calls:
     """
     if not direct(x):
         return _dispatching(backend)
-    key = (backend, x.dtype, x.device, x.shape[1:])
+    _, T, C = x.shape
+    key = (backend, x.dtype, x.device, T, C)
     found = _calls.get(key)
     if found is None:
         functions = {name: backends.kernel(name, backend, (x,)) for name in _IN_BLOCKS}

@@ -29,6 +29,7 @@ def extension() -> ModuleType | None:
 
 
 _MAX_DIRECTIONS = 64
+_TYPES = {dtype: ((code,), accumulate_dtype(dtype)) for dtype, code in native.DTYPES.items()}
 
 
 def _address(t: Tensor | None) -> int:
@@ -49,7 +50,8 @@ class CPUOps(native.NativeOps):
 
     def parameters(self, x: Tensor, *tensors: Tensor | None) -> native.Parameters:
         """The kernels take parameters in the accumulate type."""
-        return native.parameters((native.DTYPES[x.dtype],), x, accumulate_dtype(x.dtype), tensors)
+        codes, dtype = _TYPES[x.dtype]
+        return native.parameters(codes, x, dtype, tensors)
 
     def call(self, kernel: str, x: Tensor, *args: Any) -> int:
         return self.kernels[kernel](*args, torch.get_num_threads())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import functools
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,24 +41,23 @@ def missing() -> list[str]:
     return []
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x itself where its channels are contiguous; a copy otherwise."""
-    if x.data_ptr() < _LOW:
-        address(x)
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x itself where its channels are contiguous, a copy otherwise; and its address."""
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        address(x)  # before its elements are read
+        x = x.contiguous()
+    at = x.data_ptr()
+    return x, at if at >= _LOW else address(x)
 
 
-def dense(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t contiguous and of the dtype; itself where it is both, found out without a call that would return it."""
-    if t.data_ptr() < _LOW:
-        address(t)
-    if t.dtype is not dtype:
-        t = t.to(dtype)
-    return t if t.is_contiguous() else t.contiguous()
-
-
-def _dense_or_none(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else dense(t, dtype)
+def dense(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """t contiguous and of the dtype, itself where it is both, found out without a call that would return it; and its
+    address."""
+    if t.dtype is not dtype or not t.is_contiguous():
+        address(t)  # before its elements are read
+        t = t.to(dtype).contiguous()
+    at = t.data_ptr()
+    return t, at if at >= _LOW else address(t)
 
 
 _LOW = 1 << 32  # below it lies what is an offset from 0, or (rarely) a small heap
@@ -73,12 +72,9 @@ def address(t: Tensor) -> int:
     return at
 
 
-class Parameters(NamedTuple):
-    """Of a norm, a LayerScale or a direction, as a kernel takes them."""
-
-    types: tuple[int, ...]  # what the kernel is told of the dtypes
-    addresses: list[int]  # 0 for None
-    owners: list[Tensor]  # copies that the addresses lie in: to be kept until the kernel has run
+Parameters = tuple[tuple[int, ...], list[int], list[Tensor]]
+"""Of a norm, a LayerScale or a direction, as a kernel takes them: what it is told of the dtypes; addresses, 0 for None;
+copies that the addresses lie in, to be kept until the kernel has run."""
 
 
 def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: tuple[Tensor | None, ...]) -> Parameters:
@@ -93,13 +89,14 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
         if t.shape[-1] != channels:
             raise value_error("native kernel", "a norm, gamma or direction", f"of C = {channels} channels", t)
         if t.dtype is not dtype or not t.is_contiguous():
-            t = dense(t, dtype)
+            t, at = dense(t, dtype)
             owners.append(t)
-        at = t.data_ptr()
-        if at < _LOW:
-            address(t)
+        else:
+            at = t.data_ptr()
+            if at < _LOW:
+                address(t)
         addresses.append(at)
-    return Parameters(codes, addresses, owners)
+    return codes, addresses, owners
 
 
 class NativeOps(abc.ABC):
@@ -157,12 +154,12 @@ class NativeOps(abc.ABC):
     def token_scores(
         self, x: Tensor, direction: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
     ) -> Tensor:
-        x = _rows(x)
+        x, at_x = _rows(x)
         types, (at_direction, *at_norm), _owners = self.parameters(x, direction, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         scores = x.new_empty((B, T), dtype=accumulate_dtype(x.dtype))
         failure = self.call(
-            "token_scores", x, *types, B, T, 0, C, x.data_ptr(), by_image, by_token, at_direction, *at_norm, eps,
+            "token_scores", x, *types, B, T, 0, C, at_x, by_image, by_token, at_direction, *at_norm, eps,
             scores.data_ptr(),
         )  # fmt: skip
         if failure:
@@ -170,12 +167,12 @@ class NativeOps(abc.ABC):
         return scores
 
     def select_tokens(self, scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
-        scores = dense(scores, accumulate_dtype(scores.dtype))
+        scores, at_scores = dense(scores, accumulate_dtype(scores.dtype))
         B, T = scores.shape
         indices = scores.new_empty((B, num_prefix_tokens + num_keep), dtype=torch.int64)
         failure = self.call(
-            "select_tokens", scores, DTYPES[scores.dtype], B, T, indices.shape[1], 1, num_prefix_tokens,
-            scores.data_ptr(), indices.data_ptr(),
+            "select_tokens", scores, DTYPES[scores.dtype], B, T, indices.shape[1], 1, num_prefix_tokens, at_scores,
+            indices.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("select_tokens", failure, None, T)
@@ -191,26 +188,25 @@ class NativeOps(abc.ABC):
         norm_bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        x, scores = _rows(x), dense(scores, accumulate_dtype(x.dtype))
+        (x, at_x), (scores, at_scores) = _rows(x), dense(scores, accumulate_dtype(x.dtype))
         types, at_norm, _owners = self.parameters(x, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         n = num_prefix_tokens + num_keep
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
-            "select_gather_norm", x, *types, B, T, n, C, num_prefix_tokens, x.data_ptr(), by_image, by_token,
-            scores.data_ptr(), *at_norm, eps, indices.data_ptr(), normed.data_ptr(),
+            "select_gather_norm", x, *types, B, T, n, C, num_prefix_tokens, at_x, by_image, by_token, at_scores,
+            *at_norm, eps, indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("select_gather_norm", failure, None, T)
         return indices, normed
 
     def gather_tokens(self, x: Tensor, indices: Tensor) -> Tensor:
-        x, indices = _rows(x), dense(indices, torch.int64)
+        (x, at_x), (indices, at_indices) = _rows(x), dense(indices, torch.int64)
         (B, T, C), (by_image, by_token, _), n = x.shape, x.stride(), indices.shape[1]
         out = x.new_empty((B, n, C))
         failure = self.call(
-            "gather_tokens", x, DTYPES[x.dtype], B, T, n, C, x.data_ptr(), by_image, by_token, indices.data_ptr(),
-            out.data_ptr(),
+            "gather_tokens", x, DTYPES[x.dtype], B, T, n, C, at_x, by_image, by_token, at_indices, out.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("gather_tokens", failure, indices, T)
@@ -220,7 +216,8 @@ class NativeOps(abc.ABC):
         self, grad: Tensor, x: Tensor, indices: Tensor, norm_weight: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         acc = accumulate_dtype(x.dtype)
-        row, weight = self.gather_tokens(x, indices).to(acc), _dense_or_none(norm_weight, acc)
+        row = self.gather_tokens(x, indices).to(acc)
+        weight = None if norm_weight is None else dense(norm_weight, acc)[0]
         shape = row.shape[-1:]
         _, mean, rstd = torch.native_layer_norm(row, shape, weight, None, eps)
         ones = row.new_ones(shape) if weight is None else weight
@@ -240,14 +237,14 @@ class NativeOps(abc.ABC):
         norm_bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        x, indices, branch = _rows(x), dense(indices, torch.int64), dense(branch, x.dtype)
+        (x, at_x), (indices, at_indices) = _rows(x), dense(indices, torch.int64)
+        branch, at_branch = dense(branch, x.dtype)
         types, (at_gamma, *at_norm), _owners = self.parameters(x, gamma, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         tokens, normed = torch.empty_like(branch), torch.empty_like(branch)
         failure = self.call(
-            "gather_add_norm", x, *types, B, T, indices.shape[1], C, x.data_ptr(), by_image, by_token,
-            indices.data_ptr(), branch.data_ptr(), at_gamma, scale, *at_norm, eps, tokens.data_ptr(),
-            normed.data_ptr(),
+            "gather_add_norm", x, *types, B, T, indices.shape[1], C, at_x, by_image, by_token, at_indices, at_branch,
+            at_gamma, scale, *at_norm, eps, tokens.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("gather_add_norm", failure, indices, T)
@@ -256,7 +253,7 @@ class NativeOps(abc.ABC):
     def _scatter(
         self,
         op: str,
-        x: Tensor | None,
+        source: tuple[Tensor, int] | None,
         indices: Tensor,
         tokens: Tensor,
         branch: Tensor | None,
@@ -264,16 +261,15 @@ class NativeOps(abc.ABC):
         scale: float,
         out: Tensor,
     ) -> None:
-        """Writes into ``out``; the rows that no index names come from x, or are zero where x is None."""
-        indices, tokens = dense(indices, torch.int64), dense(tokens, out.dtype)
-        branch = _dense_or_none(branch, out.dtype)
+        """Writes into ``out``; the rows that no index names come from the source (``_rows``), or are zero without."""
+        (indices, at_indices), (tokens, at_tokens) = dense(indices, torch.int64), dense(tokens, out.dtype)
+        branch, at_branch = (None, 0) if branch is None else dense(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
         (B, T, C), (by_image, by_token, _) = out.shape, out.stride()
-        at_branch = 0 if branch is None else address(branch)
-        source = (0, 0, 0) if x is None else (address(x), *x.stride()[:2])
+        rows = (0, 0, 0) if source is None else (source[1], *source[0].stride()[:2])
         failure = self.call(
-            "scatter_tokens", out, *types, B, T, indices.shape[1], C, *source, indices.data_ptr(), tokens.data_ptr(),
-            at_branch, at_gamma, scale, out.data_ptr(), by_image, by_token,
+            "scatter_tokens", out, *types, B, T, indices.shape[1], C, *rows, at_indices, at_tokens, at_branch, at_gamma,
+            scale, out.data_ptr(), by_image, by_token,
         )  # fmt: skip
         if failure:
             raise self.error(op, failure, indices, T)
@@ -288,8 +284,9 @@ class NativeOps(abc.ABC):
         gamma: Tensor | None,
         scale: float,
     ) -> None:
-        target = _rows(x)
-        self._scatter(op, target, indices, tokens, branch, gamma, scale, target)
+        rows = _rows(x)
+        target = rows[0]
+        self._scatter(op, rows, indices, tokens, branch, gamma, scale, target)
         if target is not x:
             x.copy_(target)
 

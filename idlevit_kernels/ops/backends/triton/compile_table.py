@@ -236,12 +236,15 @@ _all_launches = functools.cache(launches)
 
 
 def table(
-    architectures: Iterable[int] = ARCHITECTURES, types: Iterable[Types] = TYPES, workers: int = 2
+    architectures: Iterable[int] = ARCHITECTURES,
+    types: Iterable[Types] = TYPES,
+    shapes: Iterable[Shape] = SHAPES,
+    workers: int = 2,
 ) -> Iterator[Row]:
     """A row for every kernel, model, type and architecture. What several of them share is compiled once."""
     jobs: dict[tuple[Launch, int], tuple[Shape, Types, int, int]] = {}
     rows = []
-    for kind, architecture, shape in itertools.product(types, architectures, SHAPES):
+    for kind, architecture, shape in itertools.product(types, architectures, shapes):
         for i, launch in enumerate(_all_launches(shape, kind)):
             reasons = tuple(type_reasons(launch.name, [kind.dtype]))
             rows.append(Row(shape.name, kind.name, launch, architecture, None, reasons))

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in cases:
             for op in ops:
                 given = testing.make_arguments(op, case, device=options.device)
-                reasons = backends.module(backend).reasons(op, given)
+                reasons = backends.named(backend).reasons(op, given)
                 print(f"{backend} {op} {case}: {'; '.join(reasons) or 'called'}", flush=True)
                 for _ in range(0 if reasons else times):
                     testing.run(op, given, backend)

@@ -141,9 +141,9 @@ def compiling(arch: str) -> Iterator[None]:
 
     from idlevit_kernels.ops import backends
     from idlevit_kernels.ops.backends import native
+    from idlevit_kernels.ops.backends.triton import TRITON, type_reasons
 
     token_cut_loss = importlib.import_module("idlevit_kernels.ops.backends.triton.token_cut_loss")
-    ours, reference = backends.module("triton"), backends.module("reference")
     os.environ["TRITON_LIBCUDA_PATH"] = _stub_library()
     build._load_module_from_path = lambda name, path: _Anything()
     native.extension = lambda: None  # the reference computes, and a build for another Python does not matter
@@ -164,14 +164,24 @@ def compiling(arch: str) -> Iterator[None]:
             run(config)
         return configs[0]
 
-    class Both:
-        """In the place of a backend's module."""
+    class Both(backends.Backend):
+        """In the place of any backend."""
 
-        def __getattr__(self, op: str) -> Callable[..., Any]:
-            kernel, result = getattr(ours, op, None), getattr(reference, op)
+        name, device_types = "both", None
+
+        def installed(self) -> list[str]:
+            return []
+
+        def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
+            return []
+
+        def kernel(self, op: str) -> Callable[..., Any] | None:
+            kernel, result = TRITON.kernel(op), backends.REFERENCE.kernel(op)
+            if result is None:
+                return None
 
             def both(*args: Any) -> Any:
-                if kernel is not None and not ours.type_reasons(op, {a.dtype for a in args if hasattr(a, "dtype")}):
+                if kernel is not None and not type_reasons(op, {a.dtype for a in args if hasattr(a, "dtype")}):
                     kernel(*args)
                 return result(*args)
 
@@ -179,7 +189,7 @@ def compiling(arch: str) -> Iterator[None]:
 
     triton.runtime.JITFunction.run = compile_only
     token_cut_loss.tuned = all_of_them
-    backends._choose = lambda op, backend, args: Both()
+    backends.choose = lambda op, backend, args: Both()
     with contextlib.suppress(RuntimeError, OSError):
         nvidia.CudaUtils()
     yield

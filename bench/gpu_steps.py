@@ -245,7 +245,7 @@ def check_case(op: str, backend: str, case: testing.Case, device: str) -> list[R
     cache = TritonCache()
     row: Row = {"op": op, "backend": backend, "dtype": str(case.dtype).removeprefix("torch."), "case": str(case)}
     arguments = testing.make_arguments(op, case, device=device)
-    reasons = backends.module(backend).reasons(op, arguments)
+    reasons = backends.named(backend).reasons(op, arguments)
     if reasons:
         return [row | {"status": "refused", "message": "; ".join(reasons)}]
     wanted = testing.expected(op, arguments)
@@ -371,7 +371,7 @@ def select_peer(x: Tensor, scores: Tensor, num_keep: int, norm: nn.LayerNorm) ->
 
 def usable_backends(device: torch.device) -> list[str]:
     probe = (torch.empty(1, 1, 1, device=device),)
-    return [b for b in ("triton", "cuda", "cpu") if not backends.module(b).reasons("gather_tokens", probe)]
+    return [b for b in ("triton", "cuda", "cpu") if not backends.named(b).reasons("gather_tokens", probe)]
 
 
 @torch.inference_mode()
@@ -414,7 +414,7 @@ def ops(
         calls = {name: captured(f, tokens) if graph else each(f, tokens) for name, f in sides.items()}
         timings = alternate(calls, seconds, device=device)
         steps = roofline.idle_block_steps(dataclasses.replace(shape, B=B), inplace=op.endswith("_"))
-        moved = {step.name: step.bytes for step in steps}["scatter_add" if op.startswith("scatter") else op]
+        moved = {step.name: step.bytes for step in steps}[op]
         repeats = len(tokens) if graph else 1
         rates = {
             name: (2 * tokens[0].nbytes if name == "copy" else moved) * repeats / timing.median / 1e9

@@ -17,27 +17,16 @@ from .models import (
 )
 from .models.recording import selections
 from .models.training import IdleViTOutput
+from .ops import functional
 from .ops.backends import use_backend
-from .ops.functional import (
-    cls_direction,
-    expand_tokens,
-    gather_add_norm,
-    gather_tokens,
-    scatter_add_tokens,
-    scatter_add_tokens_,
-    scatter_tokens,
-    scatter_tokens_,
-    select_gather_norm,
-    select_tokens,
-    token_cut_loss,
-    token_scores,
-)
+from .ops.functional import *  # noqa: F403 (an op that is added there is public)
 from .schedule import idle_schedule
 from .train.losses import IdleViTLoss
 
 __version__ = versions.PACKAGE
 
 __all__ = [
+    *functional.__all__,
     "BackendError",
     "CapturedModel",
     "Context",
@@ -49,27 +38,15 @@ __all__ = [
     "MacReport",
     "apply_idle",
     "capture",
-    "cls_direction",
     "count_macs",
-    "expand_tokens",
-    "gather_add_norm",
-    "gather_tokens",
     "idle_block",
     "idle_blocks",
     "idle_config",
     "idle_schedule",
     "load_released",
     "remove_idle",
-    "scatter_add_tokens",
-    "scatter_add_tokens_",
-    "scatter_tokens",
-    "scatter_tokens_",
-    "select_gather_norm",
-    "select_tokens",
     "selections",
     "set_keep_ratio",
-    "token_cut_loss",
-    "token_scores",
     "use_backend",
     "visualize",
 ]

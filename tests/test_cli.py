@@ -72,12 +72,12 @@ def test_info_tells_of_a_variable_with_a_bad_value(monkeypatch):
 
 
 def test_info_tells_of_a_backend_that_breaks(monkeypatch):
-    from idlevit_kernels.ops.backends import reference
+    from idlevit_kernels.ops.backends import REFERENCE
 
     def broken():
         raise OSError("no such library")
 
-    monkeypatch.setattr(reference, "installed", broken)
+    monkeypatch.setattr(REFERENCE, "installed", broken)
     facts = json.loads(run("info", "--json").stdout)
     assert facts["backends"]["reference"] == {"usable": False, "reasons": ["OSError: no such library"]}
 

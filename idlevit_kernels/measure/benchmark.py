@@ -154,8 +154,7 @@ class ModelBenchmark:
         """The backend that the idle blocks run on."""
         op, x = "gather_tokens", next(self.dense.parameters()).new_empty((1, 1, 1))
         indices = torch.zeros((1, 1), device=self.device, dtype=torch.int64)
-        kernel = backends.kernel(op, backends.resolve("auto", op), (x, indices))
-        return next(name for name in backends.BACKENDS if getattr(backends.module(name), op) == kernel)
+        return backends.choose(op, backends.resolve("auto", op), (x, indices)).name
 
     @torch.inference_mode()
     def run(self, seconds: float, on_progress: Progress = lambda label, done: None) -> Result:

@@ -54,7 +54,7 @@ def backend_reasons() -> dict[str, list[str]]:
     found = {}
     for name in backends.BACKENDS:
         try:
-            found[name] = list(backends.module(name).installed())
+            found[name] = backends.named(name).installed()
         except Exception as error:  # a broken installation is what this is asked about: tell it, whatever it is
             found[name] = [f"{type(error).__name__}: {error}"]
     return found

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from .. import versions
 from ..block import idle_block
 from ..block.timing import Timing, alternate
-from ..ops.dtypes import accumulate_dtype
+from ..ops import reference as ops
+from ..ops.cases import Sizes
+from ..ops.record import Op
 from ..schedule import num_kept
 from .tables import console_for
-
-_INDEX_BYTES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,22 +82,23 @@ GPUS = (
 
 def idle_block_steps(shape: Shape, fused_gelu: bool = False, inplace: bool = False) -> list[Step]:
     """The chain of ``idle_block`` with fused kernels; ``inplace`` writes the kept rows only."""
-    B, T, n, C, size = shape.B, shape.T, shape.n, shape.C, shape.dtype.itemsize
-    scores = B * T * accumulate_dtype(shape.dtype).itemsize
-    indices = B * n * _INDEX_BYTES
-    rows, norm = B * n * C * size, 2 * C * size  # one [B, n, C]; the weight and bias of a LayerNorm
-    idle_rows = B * (T - n) * C * size
-    vectors = B * C * size  # one [B, C]
-    # LayerNorm of one token an image, its query, and that times the key weights.
-    direction = 6 * vectors + norm + (2 * C * C + C) * size
+    B, T, C = shape.B, shape.T, shape.C
+    sizes = Sizes(B, T, shape.n, C, shape.dtype)
+
+    def step(op: Op[..., Any], flops: int = 0, kernels: int = 1) -> Step:
+        return Step(op.name, flops, op.bytes_moved(sizes), kernels)
+
+    macs = ops.cls_direction.macs
+    assert macs is not None
     return [
-        Step("cls_direction", 4 * B * C * C, direction, 3),
-        Step("token_scores", 0, rows + idle_rows + vectors + norm + scores),
-        Step("select_gather_norm", 0, scores + indices + 2 * rows + norm),
+        # LayerNorm of one token an image, its query, and that times the key weights.
+        step(ops.cls_direction, 2 * macs((B, T, C), None, None, None, (3 * C, C), None), kernels=3),
+        step(ops.token_scores),
+        step(ops.select_gather_norm),
         *_attention(shape),
-        Step("gather_add_norm", 0, indices + 4 * rows + norm),
+        step(ops.gather_add_norm),
         *_mlp(shape, fused_gelu),
-        Step("scatter_add", 0, indices + 3 * rows + (0 if inplace else 2 * idle_rows)),
+        step(ops.scatter_add_tokens_ if inplace else ops.scatter_add_tokens),
     ]
 
 

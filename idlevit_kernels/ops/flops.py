@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..versions import attention_ops, count_flops, onednn_linear_op
+from .library import RECORDS
 
 
 @functools.cache
@@ -21,11 +23,12 @@ def register_flop_formulas() -> None:
     def linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * x.numel() * weight[0]
 
-    def cls_direction(x: torch.Size, *arguments: Any, **_: Any) -> int:
-        qkv_weight = arguments[3]
-        return 2 * 2 * x[0] * x[2] * (qkv_weight[0] // 3)
+    def formula(macs: Callable[..., int]) -> Callable[..., int]:
+        return lambda *shapes, **_: 2 * macs(*shapes)
 
-    count_flops(torch.ops.idlevit.cls_direction, cls_direction)
+    for op in RECORDS.values():
+        if op.macs is not None:
+            count_flops(getattr(torch.ops.idlevit, op.name), formula(op.macs))
     if onednn_linear_op() is not None:
         count_flops(onednn_linear_op(), linear)
     # The attention that scaled_dot_product_attention takes on a CPU; older versions of torch count only CUDA's.

@@ -1,4 +1,4 @@
-"""The public ops: documentation and argument checks around those of ``library``.
+"""The public ops: documentation and argument checks around the records of ``reference``.
 
 Shapes: B images, T tokens of which the first P are prefix tokens (class, distillation, registers) and N = T - P are
 image tokens, C channels, K kept image tokens, n = P + K. Tokens are float32, float16, bfloat16 or float64; scores,
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..errors import type_error, value_error
-from . import library
 from .backends import resolve
 from .checks import (
     check_compact,
@@ -30,7 +29,23 @@ from .checks import (
     check_tensor,
     check_writable,
 )
+from .library import ops
 from .reference.token_cut_loss import ROW_WEIGHTS
+
+__all__ = [
+    "cls_direction",
+    "expand_tokens",
+    "gather_add_norm",
+    "gather_tokens",
+    "scatter_add_tokens",
+    "scatter_add_tokens_",
+    "scatter_tokens",
+    "scatter_tokens_",
+    "select_gather_norm",
+    "select_tokens",
+    "token_cut_loss",
+    "token_scores",
+]
 
 
 def cls_direction(
@@ -73,7 +88,7 @@ def cls_direction(
     if qkv_bias is not None:
         check_tensor(op, "qkv_bias", qkv_bias, "[3A]", (qkv_weight.shape[0],))
         check_device(op, "qkv_bias", qkv_bias, x)
-    return library.cls_direction(
+    return ops.cls_direction.call(
         x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, backend=resolve(backend, "cls_direction")
     )
 
@@ -112,7 +127,7 @@ def token_scores(
     check_tensor("token_scores", "direction", direction, "[B, C]", (x.shape[0], x.shape[2]))
     check_device("token_scores", "direction", direction, x)
     check_norm("token_scores", x, norm_weight, norm_bias, eps)
-    return library.token_scores(x, direction, norm_weight, norm_bias, eps, backend=resolve(backend, "token_scores"))
+    return ops.token_scores.call(x, direction, norm_weight, norm_bias, eps, backend=resolve(backend, "token_scores"))
 
 
 def select_tokens(scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, *, backend: str = "auto") -> Tensor:
@@ -138,7 +153,7 @@ def select_tokens(scores: Tensor, num_keep: int, num_prefix_tokens: int = 1, *, 
     """
     check_tensor("select_tokens", "scores", scores, "[B, T]", (None, None))
     check_counts("select_tokens", scores.shape[1], num_keep, num_prefix_tokens)
-    return library.select_tokens(scores, num_keep, num_prefix_tokens, backend=resolve(backend, "select_tokens"))
+    return ops.select_tokens.call(scores, num_keep, num_prefix_tokens, backend=resolve(backend, "select_tokens"))
 
 
 def select_gather_norm(
@@ -178,7 +193,7 @@ def select_gather_norm(
     check_device(op, "scores", scores, x)
     check_counts(op, x.shape[1], num_keep, num_prefix_tokens)
     check_norm(op, x, norm_weight, norm_bias, eps)
-    return library.select_gather_norm(
+    return ops.select_gather_norm.call(
         x,
         scores,
         num_keep,
@@ -210,7 +225,7 @@ def gather_tokens(x: Tensor, indices: Tensor, *, backend: str = "auto") -> Tenso
     """
     check_tensor("gather_tokens", "x", x, "[B, T, C]", (None, None, None))
     check_indices("gather_tokens", indices, x.shape[0], x.shape[1], x)
-    return library.gather_tokens(x, indices, backend=resolve(backend, "gather_tokens"))
+    return ops.gather_tokens.call(x, indices, backend=resolve(backend, "gather_tokens"))
 
 
 def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -233,7 +248,7 @@ def scatter_tokens(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str =
         BackendError: a named backend cannot run the call.
     """
     check_scatter("scatter_tokens", x, indices, tokens)
-    return library.scatter_tokens(x, indices, tokens, backend=resolve(backend, "scatter_tokens"))
+    return ops.scatter_tokens.call(x, indices, tokens, backend=resolve(backend, "scatter_tokens"))
 
 
 def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str = "auto") -> Tensor:
@@ -248,8 +263,8 @@ def scatter_tokens_(x: Tensor, indices: Tensor, tokens: Tensor, *, backend: str 
     check_scatter(op, x, indices, tokens)
     check_writable(op, x, indices=indices, tokens=tokens)
     if torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad):
-        return x.copy_(library.scatter_tokens(x, indices, tokens, backend=resolve(backend, "scatter_tokens_")))
-    library.scatter_tokens_(x, indices, tokens, backend=resolve(backend, "scatter_tokens_"))
+        return x.copy_(ops.scatter_tokens.call(x, indices, tokens, backend=resolve(backend, "scatter_tokens_")))
+    ops.scatter_tokens_.call(x, indices, tokens, backend=resolve(backend, "scatter_tokens_"))
     return x
 
 
@@ -278,7 +293,7 @@ def expand_tokens(tokens: Tensor, indices: Tensor, num_tokens: int, *, backend: 
         raise value_error("expand_tokens", "num_tokens", f"at least n = {tokens.shape[1]}", num_tokens)
     check_indices("expand_tokens", indices, tokens.shape[0], num_tokens, tokens)
     check_compact("expand_tokens", "tokens", tokens, tokens, indices)
-    return library.expand_tokens(tokens, indices, num_tokens, backend=resolve(backend, "expand_tokens"))
+    return ops.expand_tokens.call(tokens, indices, num_tokens, backend=resolve(backend, "expand_tokens"))
 
 
 def gather_add_norm(
@@ -322,7 +337,7 @@ def gather_add_norm(
     check_parameter(op, "gamma", gamma, x)
     check_number(op, "scale", scale)
     check_norm(op, x, norm_weight, norm_bias, eps)
-    return library.gather_add_norm(
+    return ops.gather_add_norm.call(
         x,
         indices,
         branch,
@@ -371,7 +386,7 @@ def scatter_add_tokens(
     check_compact(op, "branch", branch, x, indices)
     check_parameter(op, "gamma", gamma, x)
     check_number(op, "scale", scale)
-    return library.scatter_add_tokens(
+    return ops.scatter_add_tokens.call(
         x, indices, tokens, branch, gamma, float(scale), backend=resolve(backend, "scatter_add_tokens")
     )
 
@@ -400,8 +415,8 @@ def scatter_add_tokens_(
     arguments = (x, indices, tokens, branch, gamma, float(scale))
     differentiable = (x, tokens, branch) if gamma is None else (x, tokens, branch, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in differentiable):
-        return x.copy_(library.scatter_add_tokens(*arguments, backend=resolve(backend, "scatter_add_tokens_")))
-    library.scatter_add_tokens_(*arguments, backend=resolve(backend, "scatter_add_tokens_"))
+        return x.copy_(ops.scatter_add_tokens.call(*arguments, backend=resolve(backend, "scatter_add_tokens_")))
+    ops.scatter_add_tokens_.call(*arguments, backend=resolve(backend, "scatter_add_tokens_"))
     return x
 
 
@@ -451,7 +466,7 @@ def token_cut_loss(
     check_number(op, "scale", scale)
     if kind not in ROW_WEIGHTS:
         raise value_error(op, "kind", f"one of {list(ROW_WEIGHTS)}", kind)
-    loss, _, _ = library.token_cut_loss(
+    loss, _, _ = ops.token_cut_loss.call(
         q, k, indices, float(scale), num_prefix_tokens, kind, backend=resolve(backend, "token_cut_loss")
     )
     return loss

@@ -1,15 +1,15 @@
-"""The torch.library ops, namespace "idlevit": schema, dispatch, fake and autograd, once an op.
+"""The torch.library ops, namespace "idlevit", each defined from its record in ``reference``.
 
 Each op runs on the backend that ``backends.kernel`` finds at the call. A compiled or exported graph holds the op and
 the backend that was asked for, "auto" unless one was named, so it runs on whatever device it finds. ``functional`` has
-the same names with checked arguments and documentation; the block calls these. These ops check next to nothing: call
-them with arguments that ``functional`` would accept.
+the same names with checked arguments and documentation; the block calls these. A record's ``call`` checks next to
+nothing: give it arguments that ``functional`` would accept.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from ..versions import forward_ad_active, functorch_active, ordinary_dispatch
-from . import backends, reference
-from .dtypes import accumulate_dtype
+from . import backends
+from . import reference as ops
+from .record import RECORDS, Op
 
 _lib = torch.library.Library("idlevit", "DEF")
 
@@ -57,13 +58,10 @@ def transformed() -> bool:
     return not is_compiling() and (forward_ad_active() or functorch_active())
 
 
-def _define(schema: str) -> Any:
-    """Defines ``name(arguments) -> result`` with a keyword-only ``backend`` and returns the op."""
-    name, rest = schema.split("(", 1)
-    arguments, result = rest.rsplit(") ->", 1)
-    _lib.define(f"{name}({arguments}, *, str backend='auto') ->{result}", tags=(torch.Tag.pt2_compliant_tag,))
-    in_place = name.endswith("_")
-    specification = getattr(reference, name)
+def _define(op: Op[..., Any]) -> None:
+    """Makes ``torch.ops.idlevit.<name>`` of a record, and its ``call``."""
+    name, in_place, specification = op.name, op.in_place, op.reference
+    _lib.define(name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any, backend: str = "auto") -> Any:
         if in_place:
@@ -75,7 +73,7 @@ def _define(schema: str) -> Any:
         return result
 
     _lib.impl(name, run, "CompositeExplicitAutograd")
-    op = getattr(torch.ops.idlevit, name).default
+    dispatched = getattr(torch.ops.idlevit, name).default
 
     def call(*args: Any, backend: str = "auto") -> Any:
         if direct(*args):
@@ -86,9 +84,34 @@ def _define(schema: str) -> Any:
             # PyTorch would undo the lazy minus sign of a copy, write to that, and find no result to copy back.
             args[0].copy_(getattr(torch.ops.idlevit, name[:-1]).default(*args, backend=backend))
             return None
-        return op(*args, backend=backend)
+        return dispatched(*args, backend=backend)
 
-    return call
+    op.call = call
+    if op.fake_function is not None:
+        _register_fake(name, op.fake_function)
+    if op.backward_function is not None and op.setup_function is not None:
+        _register_autograd(name, op.backward_function, op.setup_function)
+    elif op.derivative_of is not None:
+        _register_autograd(name, _differentiable_once(op.derivative_of), lambda ctx, inputs, output: None)
+
+
+def _register_fake(name: str, fake: Callable[..., Any]) -> None:
+    torch.library.register_fake(f"idlevit::{name}", lambda *args, backend="auto": fake(*args), lib=_lib)
+
+
+def _register_autograd(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        ctx.backend = keyword_only_inputs["backend"]
+        setup(ctx, inputs, output)
+
+    torch.library.register_autograd(f"idlevit::{name}", backward, setup_context=setup_context, lib=_lib)
+
+
+def _differentiable_once(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(f"{op}: it is differentiable once, got a second backward pass (create_graph=True)")
+
+    return backward
 
 
 def _without_autocast(function: Any, args: tuple[Any, ...]) -> Any:
@@ -106,44 +129,8 @@ def check_inference(x: Tensor) -> None:
         x.narrow(0, 0, 0).zero_()
 
 
-cls_direction = _define(
-    "cls_direction(Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor qkv_weight, Tensor? qkv_bias)"
-    " -> Tensor"
-)
-token_scores = _define(
-    "token_scores(Tensor x, Tensor direction, Tensor? norm_weight, Tensor? norm_bias, float eps) -> Tensor"
-)
-select_tokens = _define("select_tokens(Tensor scores, SymInt num_keep, SymInt num_prefix_tokens) -> Tensor")
-select_gather_norm = _define(
-    "select_gather_norm(Tensor x, Tensor scores, SymInt num_keep, SymInt num_prefix_tokens, Tensor? norm_weight,"
-    " Tensor? norm_bias, float eps) -> (Tensor indices, Tensor normed)"
-)
-gather_tokens = _define("gather_tokens(Tensor x, Tensor indices) -> Tensor")
-scatter_tokens = _define("scatter_tokens(Tensor x, Tensor indices, Tensor tokens) -> Tensor")
-scatter_tokens_ = _define("scatter_tokens_(Tensor(a!) x, Tensor indices, Tensor tokens) -> ()")
-expand_tokens = _define("expand_tokens(Tensor tokens, Tensor indices, SymInt num_tokens) -> Tensor")
-gather_add_norm = _define(
-    "gather_add_norm(Tensor x, Tensor indices, Tensor branch, Tensor? gamma, float scale, Tensor? norm_weight,"
-    " Tensor? norm_bias, float eps) -> (Tensor tokens, Tensor normed)"
-)
-scatter_add_tokens = _define(
-    "scatter_add_tokens(Tensor x, Tensor indices, Tensor tokens, Tensor branch, Tensor? gamma, float scale) -> Tensor"
-)
-scatter_add_tokens_ = _define(
-    "scatter_add_tokens_(Tensor(a!) x, Tensor indices, Tensor tokens, Tensor branch, Tensor? gamma, float scale) -> ()"
-)
-gather_norm_backward = _define(
-    "gather_norm_backward(Tensor grad, Tensor x, Tensor indices, Tensor? norm_weight, float eps)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
-)
-token_cut_loss = _define(
-    "token_cut_loss(Tensor q, Tensor k, Tensor indices, float scale, SymInt num_prefix_tokens, str kind)"
-    " -> (Tensor loss, Tensor lse, Tensor share)"
-)
-token_cut_loss_backward = _define(
-    "token_cut_loss_backward(Tensor grad, Tensor q, Tensor k, Tensor indices, Tensor lse, Tensor share, float scale,"
-    " SymInt num_prefix_tokens, str kind) -> (Tensor grad_q, Tensor grad_k)"
-)
+for _record in RECORDS.values():
+    _define(_record)
 
 
 def cls_select_gather_norm(
@@ -161,13 +148,13 @@ def cls_select_gather_norm(
     norm = (norm_weight, norm_bias, eps)
     if direct(x, *norm, qkv_weight, qkv_bias):
         args = (x, num_keep, num_prefix_tokens, *norm, qkv_weight, qkv_bias)
-        fused = backends.kernel("cls_select_gather_norm", backend, args, like="select_gather_norm")
+        fused = backends.fusion("cls_select_gather_norm", "select_gather_norm", backend, args)
         if fused is not None:
             return fused(*args)
     with torch.no_grad():  # selection has no gradient
-        direction = cls_direction(x, *norm, qkv_weight, qkv_bias, backend=backend)
-        scores = token_scores(x, direction, *norm, backend=backend)
-    return select_gather_norm(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
+        direction = ops.cls_direction.call(x, *norm, qkv_weight, qkv_bias, backend=backend)
+        scores = ops.token_scores.call(x, direction, *norm, backend=backend)
+    return ops.select_gather_norm.call(x, scores, num_keep, num_prefix_tokens, *norm, backend=backend)
 
 
 class Calls:
@@ -206,12 +193,12 @@ def calls_for(x: Tensor, backend: str) -> Calls:
     key = (backend, x.dtype, x.device, T, C)
     found = _calls.get(key)
     if found is None:
-        functions = {name: backends.kernel(name, backend, (x,)) for name in _IN_BLOCKS}
+        functions = {op.name: backends.kernel(op.name, backend, (x,)) for op in _IN_BLOCKS}
         functions["scatter_add_tokens_"] = _noticed_by_autograd(functions["scatter_add_tokens_"])
-        functions["cls_select_gather_norm"] = backends.kernel(
-            "cls_select_gather_norm", backend, (x,), like="select_gather_norm"
+        functions["cls_select_gather_norm"] = backends.fusion(
+            "cls_select_gather_norm", "select_gather_norm", backend, (x,)
         ) or functools.partial(cls_select_gather_norm, backend=backend)
-        functions |= {name: functools.partial(op, backend=backend) for name, op in _SELDOM.items()}
+        functions |= {op.name: functools.partial(op.call, backend=backend) for op in _SELDOM}
         found = _calls[key] = Calls(True, functions)
     return found
 
@@ -223,21 +210,22 @@ def calls_with(calls: Calls, t: Tensor, backend: str) -> Calls:
     return _dispatching(backend)
 
 
-_SELDOM = {"token_cut_loss": token_cut_loss, "select_tokens": select_tokens}
-_IN_BLOCKS = {
-    "cls_direction": cls_direction,
-    "token_scores": token_scores,
-    "select_gather_norm": select_gather_norm,
-    "gather_tokens": gather_tokens,
-    "gather_add_norm": gather_add_norm,
-    "scatter_add_tokens": scatter_add_tokens,
-    "scatter_add_tokens_": scatter_add_tokens_,
-}
+_SELDOM = (ops.token_cut_loss, ops.select_tokens)
+_IN_BLOCKS = (
+    ops.cls_direction,
+    ops.token_scores,
+    ops.select_gather_norm,
+    ops.gather_tokens,
+    ops.gather_add_norm,
+    ops.scatter_add_tokens,
+    ops.scatter_add_tokens_,
+)
 
 
 def _dispatching(backend: str) -> Calls:
-    ops = {**_IN_BLOCKS, **_SELDOM, "cls_select_gather_norm": cls_select_gather_norm}
-    return Calls(False, {name: functools.partial(op, backend=backend) for name, op in ops.items()})
+    functions = {op.name: op.call for op in (*_IN_BLOCKS, *_SELDOM)}
+    functions["cls_select_gather_norm"] = cls_select_gather_norm
+    return Calls(False, {name: functools.partial(call, backend=backend) for name, call in functions.items()})
 
 
 def _noticed_by_autograd(in_place: Any) -> Any:
@@ -248,261 +236,3 @@ def _noticed_by_autograd(in_place: Any) -> Any:
             torch.autograd.graph.increment_version(x)
 
     return call
-
-
-# Fakes: what each op returns, without computing it.
-
-
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"idlevit::{name}", lib=_lib)
-
-
-@_fake("cls_direction")
-def _(x: Tensor, *_: Any, backend: str = "auto") -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[2]))
-
-
-@_fake("token_scores")
-def _(x: Tensor, direction: Tensor, *_: Any, backend: str = "auto") -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=accumulate_dtype(x.dtype))
-
-
-@_fake("select_tokens")
-def _(scores: Tensor, num_keep: int, num_prefix_tokens: int, backend: str = "auto") -> Tensor:
-    return scores.new_empty((scores.shape[0], num_prefix_tokens + num_keep), dtype=torch.int64)
-
-
-@_fake("select_gather_norm")
-def _(
-    x: Tensor, scores: Tensor, num_keep: int, num_prefix_tokens: int, *_: Any, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    n = num_prefix_tokens + num_keep
-    return x.new_empty((x.shape[0], n), dtype=torch.int64), x.new_empty((x.shape[0], n, x.shape[2]))
-
-
-@_fake("gather_tokens")
-def _(x: Tensor, indices: Tensor, backend: str = "auto") -> Tensor:
-    return x.new_empty((*indices.shape, x.shape[2]))
-
-
-@_fake("scatter_tokens")
-def _(x: Tensor, indices: Tensor, tokens: Tensor, backend: str = "auto") -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_fake("scatter_tokens_")
-def _(x: Tensor, indices: Tensor, tokens: Tensor, backend: str = "auto") -> None:
-    return None
-
-
-@_fake("expand_tokens")
-def _(tokens: Tensor, indices: Tensor, num_tokens: int, backend: str = "auto") -> Tensor:
-    return tokens.new_empty((tokens.shape[0], num_tokens, tokens.shape[2]))
-
-
-@_fake("gather_add_norm")
-def _(x: Tensor, indices: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    shape = (*indices.shape, x.shape[2])
-    return x.new_empty(shape), x.new_empty(shape)
-
-
-@_fake("scatter_add_tokens")
-def _(x: Tensor, *_: Any, backend: str = "auto") -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_fake("scatter_add_tokens_")
-def _(x: Tensor, *_: Any, backend: str = "auto") -> None:
-    return None
-
-
-@_fake("gather_norm_backward")
-def _(grad: Tensor, x: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    channels, acc = x.shape[2], accumulate_dtype(x.dtype)
-    return x.new_empty(x.shape), x.new_empty(channels, dtype=acc), x.new_empty(channels, dtype=acc)
-
-
-@_fake("token_cut_loss")
-def _(q: Tensor, k: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(q.dtype)
-    return q.new_empty((), dtype=acc), q.new_empty(q.shape[:2], dtype=acc), q.new_empty(q.shape[:2], dtype=acc)
-
-
-@_fake("token_cut_loss_backward")
-def _(grad: Tensor, q: Tensor, k: Tensor, *_: Any, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-# Autograd. The indices are constants of the backward pass: selection has no gradient. Where a backward is built from
-# differentiable ops alone (gather, scatter, expand) it can be differentiated again.
-
-
-def _autograd(name: str, backward: Any, setup: Any) -> None:
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-        ctx.backend = keyword_only_inputs["backend"]
-        setup(ctx, inputs, output)
-
-    torch.library.register_autograd(f"idlevit::{name}", backward, setup_context=setup_context, lib=_lib)
-
-
-def _cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if grad is None or like is None else grad.to(like.dtype)
-
-
-def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias in the accumulate type."""
-    acc, shape = accumulate_dtype(x.dtype), x.shape[-1:]
-    x, grad = x.to(acc), grad.to(acc)
-    weight = x.new_ones(shape) if weight is None else weight.to(acc)
-    _, mean, rstd = torch.native_layer_norm(x, shape, weight, None, eps)
-    return torch.ops.aten.native_layer_norm_backward(grad, x, shape, mean, rstd, weight, weight, [True, True, True])
-
-
-def _token_scores_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, direction, weight, bias, ctx.eps = inputs
-    ctx.save_for_backward(x, direction, weight, bias)
-
-
-def _token_scores_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, direction, weight, bias = ctx.saved_tensors
-    acc = grad.dtype
-    u = direction.to(acc)
-    normed = torch.nn.functional.layer_norm(
-        x.to(acc), x.shape[-1:], None if weight is None else weight.to(acc), None if bias is None else bias.to(acc),
-        ctx.eps,
-    )  # fmt: skip
-    grad_direction = torch.einsum("bt,btc->bc", grad, normed)
-    grad_normed = grad.unsqueeze(-1) * u.unsqueeze(1)
-    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad_normed, x, weight, ctx.eps)
-    grad_direction = grad_direction.to(direction.dtype)
-    return grad_x.to(x.dtype), grad_direction, _cast(grad_weight, weight), _cast(grad_bias, bias), None
-
-
-def _gather_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices = inputs
-    ctx.num_tokens = x.shape[1]
-    ctx.save_for_backward(indices)
-
-
-def _gather_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (indices,) = ctx.saved_tensors
-    return expand_tokens(grad, indices, ctx.num_tokens, backend=ctx.backend), None
-
-
-def _expand_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _expand_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (indices,) = ctx.saved_tensors
-    return gather_tokens(grad, indices, backend=ctx.backend), None, None
-
-
-def _scatter_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices, tokens = inputs
-    ctx.dtype = tokens.dtype
-    ctx.save_for_backward(indices)
-
-
-def _clear_rows(grad: Tensor, indices: Tensor, backend: str) -> Tensor:
-    """The gradient that passes a scatter to the rows it left alone."""
-    zeros = grad.new_zeros((*indices.shape, grad.shape[2]))
-    return scatter_tokens(grad, indices, zeros, backend=backend)
-
-
-def _scatter_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    (indices,) = ctx.saved_tensors
-    grad_x = _clear_rows(grad, indices, ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_tokens = gather_tokens(grad, indices, backend=ctx.backend).to(ctx.dtype)
-    return grad_x, None, grad_tokens
-
-
-def _save_branch(ctx: Any, branch: Tensor, gamma: Tensor | None) -> Tensor | None:
-    """What the backward needs of the branch: its type, and itself only where gamma has a gradient."""
-    ctx.branch_dtype = branch.dtype
-    return None if gamma is None else branch
-
-
-def _branch_backward(
-    ctx: Any, grad: Tensor, branch: Tensor | None, gamma: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of branch and gamma, where ``tokens + scale * gamma * branch`` has the gradient ``grad``."""
-    if branch is None or gamma is None:
-        return (grad if ctx.scale == 1 else grad * ctx.scale).to(ctx.branch_dtype), None
-    grad_gamma = (ctx.scale * grad * branch).sum((0, 1), dtype=accumulate_dtype(grad.dtype))
-    return (grad * (ctx.scale * gamma)).to(ctx.branch_dtype), _cast(grad_gamma, gamma)
-
-
-def _scatter_add_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, indices, tokens, branch, gamma, ctx.scale = inputs
-    ctx.dtype = tokens.dtype
-    ctx.save_for_backward(indices, _save_branch(ctx, branch, gamma), gamma)
-
-
-def _scatter_add_tokens_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    indices, branch, gamma = ctx.saved_tensors
-    grad_x = _clear_rows(grad, indices, ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_tokens = gather_tokens(grad, indices, backend=ctx.backend)
-    grad_branch, grad_gamma = _branch_backward(ctx, grad_tokens, branch, gamma)
-    return grad_x, None, grad_tokens.to(ctx.dtype), grad_branch, grad_gamma, None
-
-
-def _select_gather_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, _, _, weight, bias, ctx.eps = inputs
-    indices, _ = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, indices, weight, bias)
-
-
-def _select_gather_norm_backward(ctx: Any, _: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, indices, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = gather_norm_backward(grad, x, indices, weight, ctx.eps, backend=ctx.backend)
-    return grad_x, None, None, None, _cast(grad_weight, weight), _cast(grad_bias, bias), None
-
-
-def _gather_add_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, indices, branch, gamma, ctx.scale, weight, bias, ctx.eps = inputs
-    ctx.num_tokens = x.shape[1]
-    ctx.save_for_backward(indices, _save_branch(ctx, branch, gamma), gamma, weight, bias, output[0])
-
-
-def _gather_add_norm_backward(ctx: Any, grad_tokens: Tensor, grad_normed: Tensor) -> tuple[Any, ...]:
-    indices, branch, gamma, weight, bias, tokens = ctx.saved_tensors
-    grad, grad_weight, grad_bias = _layer_norm_backward(grad_normed, tokens, weight, ctx.eps)
-    grad = grad_tokens + grad.to(grad_tokens.dtype)
-    grad_x = expand_tokens(grad, indices, ctx.num_tokens, backend=ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_branch, grad_gamma = _branch_backward(ctx, grad, branch, gamma)
-    return (
-        grad_x, None, grad_branch, grad_gamma, None, _cast(grad_weight, weight), _cast(grad_bias, bias), None,
-    )  # fmt: skip
-
-
-def _token_cut_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, indices, *ctx.options = inputs
-    _, lse, share = output
-    ctx.mark_non_differentiable(lse, share)
-    ctx.save_for_backward(q, k, indices, lse, share)
-
-
-def _token_cut_loss_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    grad_q, grad_k = token_cut_loss_backward(grad, *ctx.saved_tensors, *ctx.options, backend=ctx.backend)
-    return grad_q, grad_k, None, None, None, None
-
-
-def _differentiable_once(op: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(f"{op}: it is differentiable once, got a second backward pass (create_graph=True)")
-
-    return backward
-
-
-_autograd("token_scores", _token_scores_backward, _token_scores_setup)
-_autograd("gather_tokens", _gather_tokens_backward, _gather_tokens_setup)
-_autograd("expand_tokens", _expand_tokens_backward, _expand_tokens_setup)
-_autograd("scatter_tokens", _scatter_tokens_backward, _scatter_tokens_setup)
-_autograd("scatter_add_tokens", _scatter_add_tokens_backward, _scatter_add_tokens_setup)
-_autograd("select_gather_norm", _select_gather_norm_backward, _select_gather_norm_setup)
-_autograd("gather_add_norm", _gather_add_norm_backward, _gather_add_norm_setup)
-_autograd("token_cut_loss", _token_cut_loss_backward, _token_cut_loss_setup)
-_autograd("gather_norm_backward", _differentiable_once("select_gather_norm"), lambda ctx, inputs, output: None)
-_autograd("token_cut_loss_backward", _differentiable_once("token_cut_loss"), lambda ctx, inputs, output: None)

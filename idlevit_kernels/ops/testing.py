@@ -1,4 +1,5 @@
-"""Cases and tolerances of the ops, by (op, dtype): the one table that tests and benchmarks use.
+"""Cases of the ops, and how results are compared: what tests and benchmarks share. Arguments and tolerances are those
+of the ops' records.
 
 A result is compared with the float64 reference on the same inputs. The error is the largest absolute difference over
 max(1, largest expected magnitude), so one number serves scores of any size. Index outputs compare exactly.
@@ -6,65 +7,19 @@ max(1, largest expected magnitude), so one number serves scores of any size. Ind
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import functional, reference
+from .cases import Case, Sample
+from .record import RECORDS, Op
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Unit roundoff of the stored type: half a unit in the last place, relative.
-_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# What accumulating a row costs, in units of the accumulate type's roundoff.
-_ACCUMULATE = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24}
-
-
-def _table() -> dict[tuple[str, torch.dtype], float]:
-    table = {}
-    for dtype in DTYPES:
-        acc, out = 32 * _ACCUMULATE[dtype], _ROUNDOFF[dtype]
-        for op in ("gather_tokens", "scatter_tokens", "scatter_tokens_", "expand_tokens"):
-            table[op, dtype] = 0.0  # moves bits
-        table["cls_direction", dtype] = 4 * acc + 8 * out  # two products after a norm, each rounded
-        table["token_scores", dtype] = acc
-        table["select_gather_norm", dtype] = acc + out
-        for op in ("gather_add_norm", "scatter_add_tokens", "scatter_add_tokens_"):
-            table[op, dtype] = acc + 4 * out  # the norm amplifies the rounding of the stored sum
-        table["gather_norm_backward", dtype] = 4 * acc + 2 * out
-        table["token_cut_loss", dtype] = acc
-        table["token_cut_loss_backward", dtype] = 4 * acc + 2 * out  # the gradient of the logits is rounded on the way
-    return table
-
-
-TOLERANCES = _table()
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One problem: B images, P prefix and N image tokens, C channels, K kept; how x lies in memory; what scores are."""
-
-    B: int
-    N: int
-    C: int
-    K: int
-    P: int = 1
-    dtype: torch.dtype = torch.float32
-    layout: str = "contiguous"  # or: offset (a view inside a larger tensor), transposed (channels not contiguous)
-    scores: str = "random"  # or: ties, special (NaN, infinities, both zeros), equal
-
-    @property
-    def T(self) -> int:
-        return self.P + self.N
-
-    def __str__(self) -> str:
-        return (
-            f"B{self.B}-T{self.T}-P{self.P}-C{self.C}-K{self.K}-{str(self.dtype).removeprefix('torch.')}"
-            f"-{self.layout}-{self.scores}"
-        )
+TOLERANCES = {(name, dtype): op.tolerance.limit(dtype) for name, op in RECORDS.items() for dtype in DTYPES}
 
 
 def _spread(dtype: torch.dtype) -> list[Case]:
@@ -112,7 +67,11 @@ def make_scores(case: Case, generator: torch.Generator, device: str = "cpu") -> 
 
 
 def make_arguments(op: str, case: Case, seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
-    """Positional arguments of the op for the case, freshly drawn."""
+    """Positional arguments of the op of that name for the case, freshly drawn."""
+    return arguments_of(RECORDS[op], case, seed, device)
+
+
+def arguments_of(op: Op[..., Any], case: Case, seed: int = 0, device: str = "cpu") -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(seed)
     x = make_tokens(case, generator, device)
     scores = make_scores(case, generator, device)
@@ -121,39 +80,13 @@ def make_arguments(op: str, case: Case, seed: int = 0, device: str = "cpu") -> t
         return torch.randn(*shape, generator=generator).to(device, case.dtype)
 
     weight, bias, gamma = 1 + 0.1 * random(case.C), 0.1 * random(case.C), random(case.C)
-    norm = (weight, bias, 1e-6)
-    counts = (case.K, case.P)
-    n = case.P + case.K
-    indices = reference.select_tokens(scores, *counts)
-    tokens, branch = random(case.B, n, case.C), random(case.B, n, case.C)
-    arguments: dict[str, Callable[[], tuple[Any, ...]]] = {
-        "cls_direction": lambda: (x, *norm, random(3 * case.C, case.C), random(3 * case.C)),
-        "token_scores": lambda: (x, random(case.B, case.C), *norm),
-        "select_tokens": lambda: (scores, *counts),
-        "select_gather_norm": lambda: (x, scores, *counts, *norm),
-        "gather_tokens": lambda: (x, indices),
-        "scatter_tokens": lambda: (x, indices, tokens),
-        "scatter_tokens_": lambda: (x, indices, tokens),
-        "expand_tokens": lambda: (tokens, indices, case.T),
-        "gather_add_norm": lambda: (x, indices, branch, gamma, 0.5, *norm),
-        "scatter_add_tokens": lambda: (x, indices, tokens, branch, gamma, 0.5),
-        "scatter_add_tokens_": lambda: (x, indices, tokens, branch, gamma, 0.5),
-        "gather_norm_backward": lambda: (branch, x, indices, weight, 1e-6),
-        "token_cut_loss": lambda: (x, random(case.B, case.T, case.C), indices, case.C**-0.5, case.P, "both"),
-        "token_cut_loss_backward": lambda: _cut_backward_arguments(case, x, random(case.B, case.T, case.C), indices),
-    }
-    return arguments[op]()
+    indices = reference.select_tokens(scores, case.K, case.P)
+    tokens, branch = random(case.B, case.n, case.C), random(case.B, case.n, case.C)
+    sample = Sample(case, x, scores, (weight, bias, 1e-6), gamma, indices, tokens, branch, random)
+    return op.arguments(sample)
 
 
-def _cut_backward_arguments(case: Case, q: Tensor, k: Tensor, indices: Tensor) -> tuple[Any, ...]:
-    options = (case.C**-0.5, case.P, "both")
-    _, lse, share = reference.token_cut_loss(q, k, indices, *options)
-    # The loss is a mean over B * T rows: this gradient makes those of q and k numbers of some size.
-    grad = torch.tensor(float(case.B * case.T * case.C**0.5), dtype=share.dtype, device=share.device)
-    return grad, q, k, indices, lse, share, *options
-
-
-OPS = tuple(reference.__all__)
+OPS = tuple(sorted(RECORDS))
 # Ops whose public function returns less than the op does: tests compare what the op returns.
 _RAW = ("token_cut_loss",)
 
@@ -171,9 +104,9 @@ def expected(op: str, arguments: tuple[Any, ...]) -> list[Tensor]:
     wide = [(a.double() if a.is_floating_point() else a).cpu() if isinstance(a, Tensor) else a for a in arguments]
     if op.endswith("_"):
         wide[0] = wide[0].clone()
-        getattr(reference, op)(*wide)
+        RECORDS[op](*wide)
         return [wide[0]]
-    return list(_tensors(getattr(reference, op)(*wide)))
+    return list(_tensors(RECORDS[op](*wide)))
 
 
 def run(op: str, arguments: tuple[Any, ...], backend: str) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ..errors import type_error, value_error
 from ..models.training import IdleViTOutput
 from ..ops.checks import check_number
 from ..ops.dtypes import accumulate_dtype
-from ..ops.library import gather_tokens
+from ..ops.library import ops
 
 
 class IdleViTLoss(nn.Module):
@@ -137,5 +137,5 @@ def _feature_loss(out: IdleViTOutput, teacher: IdleViTOutput) -> Tensor:
     if wanted.shape != student.shape:
         raise value_error("IdleViTLoss", "teacher.features", f"{list(student.shape)} like the student's", wanted)
     if student.dim() == 3 and out.indices:
-        student, wanted = (gather_tokens(f, out.indices[-1]) for f in (student, wanted))
+        student, wanted = (ops.gather_tokens.call(f, out.indices[-1]) for f in (student, wanted))
     return F.mse_loss(F.normalize(_wide(student), dim=-1), F.normalize(_wide(wanted), dim=-1))

@@ -1,7 +1,6 @@
 """Which backend runs an op: a named one or, for "auto", the first that can.
 
-A backend is a module with one function an op, named and called like the op, and ``reasons(op, args) -> list[str]``:
-every reason why it cannot run this call, empty if it can. ``installed() -> list[str]`` says the same of the machine.
+There are four instances of ``Backend``, one a name.
 """
 
 from __future__ import annotations
@@ -11,14 +10,16 @@ import contextvars
 import functools
 import logging
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from ... import env
 from ...errors import BackendError, describe, value_error
-from . import cpu, cuda, reference
+from .backend import Backend, Kernel
+from .cpu import CPU
+from .cuda import CUDA
+from .reference import REFERENCE
 
 _logger = logging.getLogger("idlevit_kernels")
 
@@ -65,47 +66,59 @@ def resolve(backend: str, op: str) -> str:
 
 
 @functools.cache
-def module(name: str) -> ModuleType:
+def named(name: str) -> Backend:
+    """The backend of one of the names in BACKENDS."""
     if name == "triton":  # imports the library, which takes a second
-        from . import triton
+        from .triton import TRITON
 
-        return triton
-    return {"cuda": cuda, "cpu": cpu, "reference": reference}[name]
-
-
-_chosen: dict[tuple[Any, ...], Any] = {}
+        return TRITON
+    return {backend.name: backend for backend in (CUDA, CPU, REFERENCE)}[name]
 
 
-def kernel(op: str, backend: str, args: tuple[Any, ...], like: str | None = None) -> Any:
+_chosen: dict[tuple[Any, ...], Kernel] = {}
+_fused: dict[tuple[Any, ...], Kernel | None] = {}
+
+
+def kernel(op: str, backend: str, args: tuple[Any, ...]) -> Kernel:
     """The function that runs this call of the op. Raises BackendError if a named backend cannot.
 
     The choice depends on the op, the backend asked for and the first tensor's dtype, device and sizes but for the
     batch, so it is made once for each: at a batch of one, a look at every argument would cost as much as a kernel.
-
-    ``like`` names another op, for one that a backend need not have: that of the backend which would run ``like``, or
-    None.
     """
     first = args[0]
     key = (op, backend, first.dtype, first.device, first.shape[1:])
     try:
         return _chosen[key]
     except KeyError:
-        chosen = _choose(like or op, backend, args)
-        found = _chosen[key] = getattr(chosen, op, None) if like else getattr(chosen, op)
+        found = choose(op, backend, args).kernel(op)
+        assert found is not None, f"{op} runs on a backend that has no kernel for it"
+        _chosen[key] = found
         return found
 
 
-def _choose(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
+def fusion(name: str, op: str, backend: str, args: tuple[Any, ...]) -> Kernel | None:
+    """A kernel for a chain of ops, on the backend that would run this call of the op ``op``; None if it has none."""
+    first = args[0]
+    key = (name, backend, first.dtype, first.device, first.shape[1:])
+    try:
+        return _fused[key]
+    except KeyError:
+        found = _fused[key] = choose(op, backend, args).kernel(name)
+        return found
+
+
+def choose(op: str, backend: str, args: tuple[Any, ...]) -> Backend:
+    """The backend that runs this call of the op. Raises BackendError if a named backend cannot."""
     if backend != "auto":
-        chosen = module(check_name(backend, op))
+        chosen = named(check_name(backend, op))
         reasons = chosen.reasons(op, args)
         if reasons:
             raise BackendError(op, _call(args), {backend: reasons})
         return chosen
     for name in _PREFERENCE.get(args[0].device.type, ("reference",)):
-        reasons = module(name).reasons(op, args)
+        reasons = named(name).reasons(op, args)
         if not reasons:
-            return module(name)
+            return named(name)
         _log_fallback(op, name, tuple(reasons))
     raise AssertionError("the reference backend runs every call")
 

@@ -37,9 +37,11 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else native.address(t)
 
 
-class CPUOps(native.NativeOps):
-    device_type = "cpu"
-    row_ops = native.NativeOps.row_ops | {"cls_direction", "scatter_add_tokens", "scatter_add_tokens_"}
+class CPUBackend(native.NativeBackend):
+    name = "cpu"
+    device_types = frozenset({"cpu"})
+    fusions = frozenset({"cls_select_gather_norm"})
+    row_ops = native.NativeBackend.row_ops | {"cls_direction", "scatter_add_tokens", "scatter_add_tokens_"}
 
     def installed(self) -> list[str]:
         return native.missing()
@@ -70,7 +72,7 @@ class CPUOps(native.NativeOps):
         qkv_bias: Tensor | None,
     ) -> Tensor:
         if not self._reads(x, qkv_weight, qkv_bias):
-            return reference.cls_direction(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
+            return reference.cls_direction.reference(x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias)
         (dtype,), (*at_norm, at_weight), _owners = self.parameters(x, norm_weight, norm_bias, qkv_weight)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         width = qkv_weight.shape[0] // 3
@@ -129,9 +131,4 @@ class CPUOps(native.NativeOps):
         return RuntimeError(f"{op}: the native kernel refused the call with status {failure}")
 
 
-_ops = CPUOps()
-
-
-def __getattr__(name: str) -> Any:
-    """The ops, ``installed`` and ``reasons``."""
-    return getattr(_ops, name)
+CPU = CPUBackend()

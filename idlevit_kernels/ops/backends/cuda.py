@@ -38,13 +38,14 @@ def _device_reasons(index: int) -> tuple[str, ...]:
     return (f"it is built for {archs}, and {torch.cuda.get_device_name(index)} is sm_{major}{minor}: {failure}",)
 
 
-class CUDAOps(native.NativeOps):
-    device_type = "cuda"
+class CUDABackend(native.NativeBackend):
+    name = "cuda"
+    device_types = frozenset({"cuda"})
 
     def installed(self) -> list[str]:
         return list(_installed())
 
-    def device_reasons(self, device: torch.device) -> list[str]:
+    def architecture_reasons(self, device: torch.device) -> list[str]:
         return list(_device_reasons(device.index))
 
     @functools.cached_property
@@ -67,9 +68,4 @@ class CUDAOps(native.NativeOps):
         return RuntimeError(f"{op}: the CUDA kernel could not be launched: {failure}")
 
 
-_ops = CUDAOps()
-
-
-def __getattr__(name: str) -> Any:
-    """The ops, ``installed`` and ``reasons``."""
-    return getattr(_ops, name)
+CUDA = CUDABackend()

@@ -16,7 +16,9 @@ from torch import Tensor
 from ...errors import Words, value_error
 from .. import reference
 from ..dtypes import accumulate_dtype
+from ..record import RECORDS
 from . import token_cut_loss as tiles
+from .backend import Backend, Kernel
 from .build_info import build_info
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -99,22 +101,20 @@ def parameters(codes: tuple[int, ...], x: Tensor, dtype: torch.dtype, tensors: t
     return codes, addresses, owners
 
 
-class NativeOps(abc.ABC):
-    """The ops of one family of kernels; a subclass says where they run, how one is called and what its result means."""
+class NativeBackend(Backend):
+    """The ops of one family of kernels, a method each; a subclass says where they run, how one is called and what its
+    result means."""
 
-    device_type: str
+    # Chains of ops that a subclass may have one kernel for.
+    fusions: frozenset[str] = frozenset()
     # Ops whose kernels hold a whole row, so that there is a widest one.
     row_ops = frozenset({"token_scores", "select_gather_norm", "gather_add_norm"})
 
     # Two small matrix products, and PyTorch's library has those.
-    cls_direction = staticmethod(reference.cls_direction)
+    cls_direction = staticmethod(reference.cls_direction.reference)
     # Matrix products over tiles are what these are made of, and PyTorch's library has those.
     token_cut_loss = staticmethod(tiles.token_cut_loss)
     token_cut_loss_backward = staticmethod(tiles.token_cut_loss_backward)
-
-    @abc.abstractmethod
-    def installed(self) -> list[str]:
-        """Every reason why these kernels cannot run on this machine."""
 
     @property
     @abc.abstractmethod
@@ -131,22 +131,20 @@ class NativeOps(abc.ABC):
     def error(self, op: str, failure: Any, indices: Tensor | None, num_tokens: int) -> Exception:
         """What to raise for a failed call."""
 
-    def device_reasons(self, device: torch.device) -> list[str]:
+    def kernel(self, op: str) -> Kernel | None:
+        return getattr(self, op, None) if op in RECORDS or op in self.fusions else None
+
+    def architecture_reasons(self, device: torch.device) -> list[str]:
+        """Why kernels that are installed do not run on this one of the machine's devices."""
         return []
 
     def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
-        found = self.installed()
-        if not hasattr(self, op):
-            found.append(f"it has no kernel for {op}")
+        found = [*self.installed(), *self.kernel_reasons(op), *self.device_reasons(args)]
         first = args[0]
-        for a in args:
-            if isinstance(a, Tensor) and a.device.type != self.device_type:
-                found.append(f"it runs on {self.device_type.upper()} tensors, and one is on {a.device}")
-                break
         if first.dtype not in DTYPES:
             found.append(f"it knows float32, float64, float16 and bfloat16, not {first.dtype}")
         if not found:
-            found += self.device_reasons(first.device)
+            found += self.architecture_reasons(first.device)
             if op in self.row_ops and first.shape[2] > self.max_channels:
                 found.append(f"it takes at most {self.max_channels} channels, not {first.shape[2]}")
         return found

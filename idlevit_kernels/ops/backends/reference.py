@@ -9,15 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import Words, value_error
-from .. import reference
-
-
-def installed() -> list[str]:
-    return []
-
-
-def reasons(op: str, args: tuple[Any, ...]) -> list[str]:
-    return []
+from .. import reference  # noqa: F401 (fills RECORDS)
+from ..record import RECORDS
+from .backend import Backend, Kernel
 
 
 def check_indices(op: str, indices: Tensor, num_tokens: int) -> None:
@@ -38,13 +32,13 @@ def bad_indices(op: str, indices: Tensor, num_tokens: int) -> ValueError:
     )
 
 
-def __getattr__(op: str) -> Any:
+@functools.cache
+def _checked(op: str) -> Kernel:
     """The reference of the op, with its indices checked; those of a backward pass its forward has checked."""
-    if op not in reference.__all__:
-        raise AttributeError(op)
-    function = getattr(reference, op)
+    record = RECORDS[op]
+    function = record.reference
     parameters = list(inspect.signature(function).parameters)
-    if "indices" not in parameters or op.endswith("_backward"):
+    if "indices" not in parameters or record.derivative_of is not None:
         return function
     at, count = parameters.index("indices"), parameters.index("num_tokens") if "num_tokens" in parameters else None
 
@@ -53,5 +47,21 @@ def __getattr__(op: str) -> Any:
         check_indices(op, args[at], args[0].shape[1] if count is None else args[count])
         return function(*args)
 
-    globals()[op] = checked
     return checked
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+    device_types = None
+
+    def installed(self) -> list[str]:
+        return []
+
+    def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
+        return []
+
+    def kernel(self, op: str) -> Kernel | None:
+        return _checked(op) if op in RECORDS else None
+
+
+REFERENCE = ReferenceBackend()

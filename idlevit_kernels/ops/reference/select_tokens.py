@@ -3,7 +3,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..record import Tolerance, op
 
+
+@op(
+    kernels={"cpu", "cuda", "triton"},
+    tolerance=Tolerance(),
+    arguments=lambda s: (s.scores, *s.counts),
+    bytes_moved=lambda s: s.scores + s.indices,
+)
 def select_tokens(
     scores: Tensor,  # [B, T]
     num_keep: int,
@@ -18,3 +26,8 @@ def select_tokens(
     kept = order[:, :num_keep].sort(dim=1).values + num_prefix_tokens
     prefix = torch.arange(num_prefix_tokens, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([prefix, kept], dim=1)
+
+
+@select_tokens.fake
+def _(scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
+    return scores.new_empty((scores.shape[0], num_prefix_tokens + num_keep), dtype=torch.int64)

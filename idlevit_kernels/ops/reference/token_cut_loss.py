@@ -9,10 +9,14 @@ kept image tokens. Calling that ``share``, the loss is mean_i c_i share_i^2 with
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..cases import Sample
 from ..dtypes import accumulate_dtype
+from ..record import Shape, Tolerance, op
 
 # c_i of a selected row and of an idle row.
 ROW_WEIGHTS = {"both": (2.0, 1.0), "inter": (1.0, 1.0), "intra": (1.0, 0.0), "none": (0.0, 0.0)}
@@ -41,6 +45,21 @@ def across_cut(row_sides: Tensor, column_sides: Tensor) -> Tensor:  # [B, R], [B
     return wanted.unsqueeze(2) == column_sides.unsqueeze(1)
 
 
+def _macs(q: Shape, *_: Shape) -> int:
+    """Of the logits q k^T."""
+    assert q is not None
+    return q[0] * q[1] * q[1] * q[2]
+
+
+@op(
+    kernels={"triton"},
+    composed={"cpu", "cuda"},  # matrix products over tiles: PyTorch's library has those
+    differentiable=True,
+    tolerance=Tolerance(rows=1),
+    arguments=lambda s: (s.x, s.random(*s.x.shape), s.indices, s.case.C**-0.5, s.case.P, "both"),
+    bytes_moved=lambda s: s.indices + 2 * s.image + 2 * s.scores,
+    macs=_macs,
+)
 def token_cut_loss(
     q: Tensor,  # [B, T, C]
     k: Tensor,  # [B, T, C]
@@ -67,6 +86,43 @@ def token_cut_loss(
     return rows.sum() / max(1, rows.numel()), logits.logsumexp(-1), inter
 
 
+@token_cut_loss.fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    return q.new_empty((), dtype=acc), q.new_empty(q.shape[:2], dtype=acc), q.new_empty(q.shape[:2], dtype=acc)
+
+
+@token_cut_loss.setup_context
+def _(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, indices, *ctx.options = inputs
+    _, lse, share = output
+    ctx.mark_non_differentiable(lse, share)
+    ctx.save_for_backward(q, k, indices, lse, share)
+
+
+@token_cut_loss.backward
+def _(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    grad_q, grad_k = token_cut_loss_backward.call(grad, *ctx.saved_tensors, *ctx.options, backend=ctx.backend)
+    return grad_q, grad_k, None, None, None, None
+
+
+def _backward_arguments(s: Sample) -> tuple[Any, ...]:
+    q, k, indices, *options = token_cut_loss.arguments(s)
+    _, lse, share = token_cut_loss(q, k, indices, *options)
+    # The loss is a mean over B * T rows: this gradient makes those of q and k numbers of some size.
+    grad = torch.tensor(float(s.case.B * s.case.T * s.case.C**0.5), dtype=share.dtype, device=share.device)
+    return grad, q, k, indices, lse, share, *options
+
+
+@op(
+    kernels={"triton"},
+    composed={"cpu", "cuda"},
+    derivative_of="token_cut_loss",
+    tolerance=Tolerance(rows=4, stored=2),  # the gradient of the logits is rounded on the way
+    arguments=_backward_arguments,
+    bytes_moved=lambda s: s.indices + 4 * s.image + 2 * s.scores,
+    macs=lambda grad, q, *_: 3 * _macs(q),  # the logits again, and their gradient times k and q
+)
 def token_cut_loss_backward(
     grad: Tensor,  # scalar
     q: Tensor,  # [B, T, C]
@@ -86,3 +142,8 @@ def token_cut_loss_backward(
     grad_logits = factor.unsqueeze(-1) * attention * (across_cut(sides, sides).to(acc) - share.unsqueeze(-1))
     grad_logits = grad_logits * (grad * scale / max(1, share.numel()))
     return (grad_logits @ k.to(acc)).to(q.dtype), (grad_logits.mT @ q.to(acc)).to(k.dtype)
+
+
+@token_cut_loss_backward.fake
+def _(grad: Tensor, q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)

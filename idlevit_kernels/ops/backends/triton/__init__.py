@@ -5,8 +5,6 @@ whole rows of C channels in registers, so each row is read once. With TRITON_INT
 runs them in Python, on tensors of any device: slow, and meant for tests.
 """
 
-# ruff: noqa: F401 (what is imported is the backend)
-
 from __future__ import annotations
 
 import functools
@@ -17,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .... import versions
-from ...reference import cls_direction  # two small matrix products: PyTorch's library has those
+from ...reference import cls_direction
+from ..backend import Backend, Kernel
 
+_kernels: dict[str, Kernel] = {}
 try:
     from triton import JITFunction
 
@@ -33,6 +33,25 @@ except ImportError as error:
     _import_error: str | None = f"Triton cannot be imported: {error}"
 else:
     _import_error = None
+    _kernels |= {
+        function.__name__: function
+        for function in (
+            cls_direction.reference,  # two small matrix products: PyTorch's library has those
+            expand_tokens,
+            gather_add_norm,
+            gather_norm_backward,
+            gather_tokens,
+            scatter_add_tokens,
+            scatter_add_tokens_,
+            scatter_tokens,
+            scatter_tokens_,
+            select_gather_norm,
+            select_tokens,
+            token_cut_loss,
+            token_cut_loss_backward,
+            token_scores,
+        )
+    }
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_CHANNELS = 4096
@@ -41,15 +60,15 @@ _ANY_WIDTH = ("cls_direction", "select_tokens", "token_cut_loss", "token_cut_los
 
 
 @functools.cache
-def installed() -> list[str]:
+def _installed() -> tuple[str, ...]:
     if _import_error:
-        return [_import_error]
+        return (_import_error,)
     if interpreted():
         reason = versions.triton_interpreter_reason()
-        return [reason] if reason else []
+        return (reason,) if reason else ()
     if not torch.cuda.is_available():
-        return ["PyTorch finds no CUDA GPU, and Triton's interpreter is off (TRITON_INTERPRET=1, before the import)"]
-    return []
+        return ("PyTorch finds no CUDA GPU, and Triton's interpreter is off (TRITON_INTERPRET=1, before the import)",)
+    return ()
 
 
 @functools.cache
@@ -59,11 +78,9 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _device_reasons(device: torch.device) -> list[str]:
-    if device.type != "cuda":
-        return [f"it runs on CUDA tensors, and one is on {device}"]
+def _capability_reasons(device: torch.device) -> tuple[str, ...]:
     major, minor = torch.cuda.get_device_capability(device)
-    return [f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}"] if major < 8 else []
+    return (f"it needs compute capability 8.0 or newer, and {device} has {major}.{minor}",) if major < 8 else ()
 
 
 def type_reasons(op: str, dtypes: Collection[torch.dtype]) -> list[str]:
@@ -77,23 +94,37 @@ def type_reasons(op: str, dtypes: Collection[torch.dtype]) -> list[str]:
     return []
 
 
-def reasons(op: str, args: tuple[Any, ...]) -> list[str]:
-    found = list(installed())
-    if not _import_error and op not in globals():
-        found.append(f"it has no kernel for {op}")
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if not interpreted():
-        for device in {t.device for t in tensors}:
-            found.extend(_device_reasons(device))
-    first = tensors[0]
-    dtypes = {t.dtype for t in tensors}
-    found.extend(type_reasons(op, dtypes))
-    if first.dtype not in _DTYPES:
-        found.append(f"it knows float32, float64, float16 and bfloat16, not {first.dtype}")
-    if first.dim() == 3 and op not in _ANY_WIDTH and first.shape[2] > _MAX_CHANNELS:
-        found.append(f"it takes at most {_MAX_CHANNELS} channels, not {first.shape[2]}")
-    if op.startswith("select") and not _import_error:
-        num_tokens = first.shape[1]  # of scores [B, T] or tokens [B, T, C]
-        if num_tokens > MAX_TOKENS:
-            found.append(f"it selects among at most {MAX_TOKENS} tokens, not {num_tokens}")
-    return found
+class TritonBackend(Backend):
+    name = "triton"
+    device_types = frozenset({"cuda"})  # interpreted: any
+
+    def installed(self) -> list[str]:
+        return list(_installed())
+
+    def kernel(self, op: str) -> Kernel | None:
+        return _kernels.get(op)
+
+    def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
+        found = self.installed()
+        if not _import_error:
+            found += self.kernel_reasons(op)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not interpreted():
+            found += self.device_reasons(args)
+            for device in {t.device for t in tensors if t.is_cuda}:
+                found += _capability_reasons(device)
+        first = tensors[0]
+        dtypes = {t.dtype for t in tensors}
+        found += type_reasons(op, dtypes)
+        if first.dtype not in _DTYPES:
+            found.append(f"it knows float32, float64, float16 and bfloat16, not {first.dtype}")
+        if first.dim() == 3 and op not in _ANY_WIDTH and first.shape[2] > _MAX_CHANNELS:
+            found.append(f"it takes at most {_MAX_CHANNELS} channels, not {first.shape[2]}")
+        if op.startswith("select") and not _import_error:
+            num_tokens = first.shape[1]  # of scores [B, T] or tokens [B, T, C]
+            if num_tokens > MAX_TOKENS:
+                found.append(f"it selects among at most {MAX_TOKENS} tokens, not {num_tokens}")
+        return found
+
+
+TRITON = TritonBackend()

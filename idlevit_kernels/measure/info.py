@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import env, versions
+from ..errors import ArgumentError
 from ..ops import backends
 from ..ops.backends import cpu
 from ..ops.backends.build_info import build_info
@@ -67,7 +68,7 @@ def _variable_error(name: str) -> str | None:
             backends.check_name(env.get(name, "auto"), name, "the name")
         elif name == "IDLEVIT_CPU_ISA":
             cpu.extension()
-    except ValueError as error:
+    except ArgumentError as error:
         return str(error)
     except ImportError:  # `backend_reasons` tells it
         pass
@@ -78,7 +79,7 @@ def instruction_sets() -> dict[str, Any]:
     """Of the native CPU kernels (the one in use, and those this processor can run), and what torch uses."""
     try:
         extension = cpu.extension()
-    except (ImportError, ValueError):  # `backend_reasons` tells it
+    except (ImportError, ArgumentError):  # `backend_reasons` tells it
         extension = None
     return {
         "in_use": extension and extension.cpu_instruction_set(),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def test_bench_writes_consistent_figures(tmp_path, keep_threads):
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]  # no temporary file is left
     assert facts["complete"] and "PARTIAL" not in text
     assert facts["input_size"] == [3, 64, 64]
-    assert facts["device"] == "cpu" and facts["environment"]["threads"] == 1
+    assert facts["device"] == "cpu" and facts["device_name"] and facts["environment"]["threads"] == 1
+    assert facts["command"].startswith("idlevit ") and datetime.datetime.fromisoformat(facts["date"]).tzinfo
 
     rows = facts["models"]
     assert [(row["batch"], row["keep_ratio"]) for row in rows] == [(2, None), (2, 0.7), (1, None), (1, 0.7)]

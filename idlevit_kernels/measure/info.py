@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,24 @@ from ..errors import ArgumentError
 from ..ops import backends
 from ..ops.backends import cpu
 from ..ops.backends.build_info import build_info
+
+
+def run_facts(command: Sequence[str], device: torch.device, **facts: Any) -> dict[str, Any]:
+    """What stands above the figures of a run, as plain JSON types: how to run it again, when and on what it ran.
+
+    Args:
+        command: the words of the command line.
+        device: what the figures are of.
+        facts: what else decides the figures, such as the model and its input.
+    """
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **facts,
+        "device": str(device),
+        "device_name": device_name(device),
+        "environment": environment(),
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -7,7 +7,6 @@ it is timed. With ``-m full`` the reference under torch.compile is timed too, be
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels.block.latency import num_inputs
+from idlevit_kernels.block.latency import num_inputs, rotating
 from idlevit_kernels.block.timing import Timing, alternated_samples
 from idlevit_kernels.measure.info import backend_reasons
 from idlevit_kernels.measure.machine import find_device
@@ -109,12 +108,8 @@ def comparison(op: str, batch: int, compiled: bool) -> dict[str, list[float]]:
     for function in calls.values():
         result = function(*arguments[0])
         testing.check(op, [result] if isinstance(result, torch.Tensor) else list(result), wanted, case.dtype)
-    return alternated_samples({form: _rotating(calls[form], arguments) for form in calls}, SECONDS, device=DEVICE)
-
-
-def _rotating(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any]:
-    rotation = itertools.cycle(arguments)
-    return lambda: function(*next(rotation))
+    rounds = {form: rotating(lambda given, f=function: f(*given), arguments) for form, function in calls.items()}
+    return alternated_samples(rounds, SECONDS, device=DEVICE)
 
 
 GROUPS = [(op, batch, compiled) for compiled in (False, True) for op in PLAIN for batch in CASES]

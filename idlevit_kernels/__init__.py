@@ -4,7 +4,7 @@ from . import versions
 from .block import Context, IdleBlock, IdleOutput, idle_block
 from .deploy.cuda_graph import CapturedModel, capture
 from .deploy.pictures import visualize
-from .errors import BackendError
+from .errors import ArgumentError, BackendError
 from .measure.macs import MacReport, count_macs
 from .models import (
     IdleViTForTraining,
@@ -27,6 +27,7 @@ __version__ = versions.PACKAGE
 
 __all__ = [
     *functional.__all__,
+    "ArgumentError",
     "BackendError",
     "CapturedModel",
     "Context",

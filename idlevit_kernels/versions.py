@@ -257,8 +257,8 @@ def _refusal(call: Callable[[], Tensor], expected: Tensor) -> str:
 def _onednn_reasons() -> tuple[str, str]:
     """Why not the linear layer, why not with packed weights."""
     # Whatever the default device is: a model may be made on "meta".
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        x, weight = torch.randn(2, 16), torch.randn(32, 16)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        x, weight = torch.randn(2, 16, device="cpu"), torch.randn(32, 16, device="cpu")
         expected = x @ weight.T
         plain = _refusal(lambda: _call_linear(x, weight, None, "none", ""), expected)
         packed = plain or _refusal(lambda: _call_linear(x, _call_pack(weight, 2), None, "none", ""), expected)

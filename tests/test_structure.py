@@ -82,6 +82,12 @@ def test_what_that_search_finds(source: str, found: set[str]) -> None:
     assert set(past_the_layers(source)) == found
 
 
+def test_an_argument_that_does_not_fit_raises_argument_error() -> None:
+    """The command line shows the traceback of any other TypeError or ValueError: it is a defect."""
+    bare = re.compile(r"raise (?:TypeError|ValueError)\b")
+    assert not [str(path) for path in PACKAGE.rglob("*.py") if bare.search(path.read_text())]
+
+
 def test_no_test_imports_another() -> None:
     tests = Path(__file__).parent
     imports = re.compile(r"^\s*(?:from|import) (test_\w+)", re.M)

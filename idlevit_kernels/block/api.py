@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import versions
-from ..errors import refuse_renamed, type_error, value_error
+from ..errors import ArgumentTypeError, refuse_renamed, type_error, value_error
 from ..ops import library as ops
 from ..ops.backends import resolve
 from ..ops.checks import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
@@ -144,7 +144,7 @@ def _compute(
                 _check_inplace(op, x, block, context)
             out = _own_forward(block)(x, *args, **named)
             return with_indices(all_kept(x, x.copy_(out) if inplace is True else out, cut), x.shape[1]), False
-        raise TypeError(f"{op}: block must be one that can idle, got {parts}")
+        raise ArgumentTypeError(f"{op}: block must be one that can idle, got {parts}")
     form = parts.form
     if num_prefix_tokens and not form.sequence:
         raise value_error(op, "num_prefix_tokens", "0 for a block whose tokens are a grid's", num_prefix_tokens)
@@ -162,7 +162,8 @@ def _compute(
     elif inplace:
         _check_inplace(op, x, block, context)
     if cut not in (None, "none") and parts.attention.cut_reason:
-        raise TypeError(f"{op}: return_cut must be 'none' or None here: {parts.attention.cut_reason}, got {cut!r}")
+        expected = f"'none' or None here: {parts.attention.cut_reason}"
+        raise ArgumentTypeError(f"{op}: return_cut must be {expected}, got {cut!r}")
     if num_keep == tokens.shape[1] - num_prefix_tokens and not parts.plain:
         args, named = given or ((), form.arguments(context))
         out = _own_forward(block)(x, *args, **named)
@@ -250,7 +251,7 @@ def _mixed(idle: type, kind: type) -> type:
     idle block's. It has the dense class's name, by which device maps and wrap policies know it."""
     form = form_of_kind(kind)
     if isinstance(form, str):
-        raise TypeError(f"IdleBlock: block must be one that can idle, got {form}")
+        raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (idle, kind), {**names, "dense_kind": kind, "idle_kind": idle, "form": form})
 
@@ -326,7 +327,7 @@ class IdleBlock(nn.Module):
         self.__dict__["_dense"] = (block,)  # in a tuple, so that it is no sub-module
         found = find_parts(self)  # a compiler knows the classes that were met before
         if isinstance(found, str):
-            raise TypeError(f"{op}: block must be one that can idle, got {found}")
+            raise ArgumentTypeError(f"{op}: block must be one that can idle, got {found}")
 
     @staticmethod
     def check(block: Any) -> None:
@@ -335,7 +336,7 @@ class IdleBlock(nn.Module):
             raise type_error("IdleBlock", "block", "dense; take its dense_block() first", block)
         form = find_form(block)
         if isinstance(form, str):
-            raise TypeError(f"IdleBlock: block must be one that can idle, got {form}")
+            raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
 
     # Settings
 
@@ -459,7 +460,7 @@ class IdleBlock(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and not issubclass(value, type(self)):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"IdleBlock: __class__ must become a subclass of {type(self).__name__} as it is, got {value.__name__}:"
                 " the block would silently stop idling. Call remove_idle first."
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import describe
+from ..errors import ArgumentTypeError, describe
 from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
 from . import scoring
@@ -45,7 +45,7 @@ def check_branch(module: Any, out: Any, y: Tensor) -> Tensor:
     if isinstance(out, Tensor) and out.shape == y.shape:
         return out
     got = describe(out) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-    raise TypeError(
+    raise ArgumentTypeError(
         f"IdleBlock: {type(module).__name__} must return a tensor like its input, {describe(y)}, got {got}. Was it put"
         " in place after apply_idle?"
     )

@@ -36,10 +36,10 @@ def random_inputs(shape: tuple[int, ...], like: Tensor, limit: int = _MAX_INPUTS
     return [torch.randn(shape, device=like.device, dtype=like.dtype) for _ in range(count)]
 
 
-def rotating(model: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
-    """A call of the model on the next of the inputs."""
+def rotating(function: Callable[[Any], Any], inputs: Sequence[Any]) -> Callable[[], Any]:
+    """A call of the function on the next of the inputs, so that no input is found in a cache."""
     rotation = itertools.cycle(inputs)
-    return lambda: model(next(rotation))
+    return lambda: function(next(rotation))
 
 
 @dataclasses.dataclass(frozen=True)

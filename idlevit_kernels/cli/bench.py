@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,7 @@ from rich.text import Text
 
 from ..errors import value_error
 from ..measure.benchmark import ModelBenchmark, ModelRow, PeersOf, Result
-from ..measure.info import device_name, environment
+from ..measure.info import run_facts
 from ..measure.machine import set_threads
 from ..measure.tables import console_for
 from ..schedule import read_schedule
@@ -63,18 +61,15 @@ def bench(
             benchmark = ModelBenchmark(
                 model, ratios, batch, image_size, dtype, device, compiled, others, schedule=layers
             )
-            facts = {
-                "command": shlex.join(["idlevit", *sys.argv[1:]]),
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "model": model,
-                "input_size": benchmark.input_size,
-                "schedule": layers,
-                "dtype": dtype,
-                "device": str(benchmark.device),
-                "device_name": device_name(benchmark.device),
-                "backend": benchmark.backend(),
-                "environment": environment(),
-            }
+            facts = run_facts(
+                ["idlevit", *sys.argv[1:]],
+                benchmark.device,
+                model=model,
+                input_size=benchmark.input_size,
+                schedule=layers,
+                dtype=dtype,
+                backend=benchmark.backend(),
+            )
         with progress() as on_progress:
             result = benchmark.run(seconds, on_progress)
         table = _bench_table(result)

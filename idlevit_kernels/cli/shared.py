@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import BackendError, value_error
+from ..errors import ArgumentError, BackendError, value_error
 from ..models import apply_idle, load_released
 from ..models.create import create_model, sharing_weights
 from ..schedule import read_schedule
@@ -24,10 +24,12 @@ from ..train.engine import NonFiniteLoss, Stopped
 
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """Turns the error that an argument caused into one line and exit code 2."""
+    """Turns the error that an argument caused into one line and exit code 2; OSError for the file that it names,
+    ImportError for the library that it needs. Any other error is a defect, and shows its traceback.
+    """
     try:
         yield
-    except (BackendError, ImportError, OSError, TypeError, ValueError) as error:
+    except (ArgumentError, BackendError, ImportError, OSError) as error:
         print(f"idlevit: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import value_error
-from ..measure.info import device_name, environment
+from ..measure.info import run_facts
 from ..measure.machine import find_device, find_dtype, set_threads
 from ..measure.tune import Target, tune_schedule
 from ..models.create import create_model
@@ -59,21 +57,12 @@ def tune(
                 scale = 1e9 if target.kind == "macs" else 1.0
                 goal = Target(target.kind, target.value * scale)
                 tuned = tune_schedule(dense, goal, batch, size, seconds=seconds, on_progress=on_progress)
-        facts = {
-            "command": shlex.join(["idlevit", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "model": model,
-            "input_size": size,
-            "batch": batch,
-            "dtype": dtype,
-            "device": str(torch_device),
-            "device_name": device_name(torch_device),
-            "environment": environment(),
-        }
+        command = ["idlevit", *sys.argv[1:]]
+        facts = run_facts(command, torch_device, model=model, input_size=size, batch=batch, dtype=dtype)
         units = {"ms": "ms a batch", "speedup": "times as fast as dense", "macs": "GMACs"}[target.kind]
         what = "multiply-accumulates" if target.kind == "macs" else "time"
         console.print(
-            f"{model}, batch {batch}, {dtype}, {device_name(torch_device)}, {torch.get_num_threads()} CPU threads\n"
+            f"{model}, batch {batch}, {dtype}, {facts['device_name']}, {torch.get_num_threads()} CPU threads\n"
             f"target {target.value:g} {units}; reached {tuned.reached / scale:.4g}, measured afresh on the whole model"
             f" ({tuned.deviation:+.1%} of the {what} that the target allows)"
         )

@@ -15,6 +15,7 @@ from ..train.task import Place, load_run, open_run_data, some_images
 from .options import KEEP_RATIO, MODEL, PRETRAINED, SCHEDULE, WEIGHTS, DataDir, Download, ValSplit
 from .shared import bad_input, dense_and_idle, failed_run
 
+_FORMATS = (".png", ".svg", ".pdf")
 _DRAWN = 4  # images of a run, where none are named
 
 
@@ -44,6 +45,8 @@ def visualize(
     """Draws which tokens each idle layer keeps, how often each is chosen, which come back, and their scores."""
     images: list[Any] = list(image or [])
     with bad_input(), failed_run():
+        if output.suffix.lower() not in _FORMATS:
+            raise value_error("visualize", "output", f"a file that ends in {', '.join(_FORMATS)}", str(output))
         if run is None:
             if not images:
                 raise value_error("visualize", "IMAGE", "a file, or several (or pass --run)", None)

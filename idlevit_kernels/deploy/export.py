@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import versions
-from ..errors import type_error, value_error
+from ..errors import ArgumentValueError, type_error, value_error
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 
@@ -144,7 +144,8 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, _OVERLOAD)}
     foreign = sorted(str(op) for op in ops if op.namespace not in ("aten", "prims") and op not in translations)
     if foreign:
-        raise ValueError(f"export: onnx has no standard operators for {', '.join(foreign)}, which the model calls")
+        calls = ", ".join(foreign)
+        raise ArgumentValueError(f"export: onnx has no standard operators for {calls}, which the model calls")
     try:
         written = torch.onnx.export(
             program,
@@ -157,7 +158,8 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        raise ValueError(f"export: torch.onnx cannot write the model: {str(cause).partition(chr(10))[0]}") from error
+        reason = str(cause).partition("\n")[0]
+        raise ArgumentValueError(f"export: torch.onnx cannot write the model: {reason}") from error
     assert written is not None
     written.save(path)
 

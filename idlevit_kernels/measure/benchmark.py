@@ -12,7 +12,7 @@ from torch import nn
 from ..block import IdleBlock
 from ..block.latency import BlockInput, random_inputs, rotating
 from ..block.timing import Interrupted, Timing, alternate
-from ..errors import Words, value_error
+from ..errors import ArgumentValueError, Words, value_error
 from ..models import apply_idle, idle_blocks
 from ..models.create import create_model, sharing_weights
 from ..models.inputs import block_inputs
@@ -146,7 +146,7 @@ class ModelBenchmark:
         try:
             self.macs = {variant: self._count(m) for variant, m in self.models.items()}
         except (AssertionError, RuntimeError) as error:  # of the first forward pass
-            raise ValueError(f"bench: {model} cannot take images of {self.input_size}: {error}") from error
+            raise ArgumentValueError(f"bench: {model} cannot take images of {self.input_size}: {error}") from error
         if peers:
             self._add_peers(peers)
 

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import env, versions
+from ..errors import ArgumentError
 from ..ops import backends
 from ..ops.backends import cpu
 from ..ops.backends.build_info import build_info
+
+
+def run_facts(command: Sequence[str], device: torch.device, **facts: Any) -> dict[str, Any]:
+    """What stands above the figures of a run, as plain JSON types: how to run it again, when and on what it ran.
+
+    Args:
+        command: the words of the command line.
+        device: what the figures are of.
+        facts: what else decides the figures, such as the model and its input.
+    """
+    return {
+        "command": shlex.join(command),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **facts,
+        "device": str(device),
+        "device_name": device_name(device),
+        "environment": environment(),
+    }
 
 
 def environment() -> dict[str, Any]:
@@ -67,7 +89,7 @@ def _variable_error(name: str) -> str | None:
             backends.check_name(env.get(name, "auto"), name, "the name")
         elif name == "IDLEVIT_CPU_ISA":
             cpu.extension()
-    except ValueError as error:
+    except ArgumentError as error:
         return str(error)
     except ImportError:  # `backend_reasons` tells it
         pass
@@ -78,7 +100,7 @@ def instruction_sets() -> dict[str, Any]:
     """Of the native CPU kernels (the one in use, and those this processor can run), and what torch uses."""
     try:
         extension = cpu.extension()
-    except (ImportError, ValueError):  # `backend_reasons` tells it
+    except (ImportError, ArgumentError):  # `backend_reasons` tells it
         extension = None
     return {
         "in_use": extension and extension.cpu_instruction_set(),

@@ -8,7 +8,6 @@ steps do not overlap. FLOPs are those of matrix products, as ``count_macs`` coun
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -16,11 +15,11 @@ import torch
 import typer
 from rich import box
 from rich.table import Table
-from torch import Tensor
 from torch.nn import functional as F
 
 from .. import versions
 from ..block import idle_block
+from ..block.latency import rotating
 from ..block.timing import Timing, alternate
 from ..ops import reference as ops
 from ..ops.cases import Sizes
@@ -161,11 +160,6 @@ def predict(shape: Shape, device: Device, inplace: bool = False) -> Prediction:
 # The CPU: peaks are measured, for nobody publishes them for the cores and threads at hand.
 
 
-def _rotated(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[], Any]:
-    rotation = itertools.cycle(inputs)
-    return lambda: function(next(rotation))
-
-
 @torch.inference_mode()
 def measure_cpu(copied_bytes: int, seconds: float = 1.0) -> Device:
     """Peak rates of float32 on this machine's CPU with the present number of threads.
@@ -202,8 +196,8 @@ def measure_block(shape: Shape, seconds: float = 2.0) -> dict[str, Timing]:
     tokens = [torch.randn(shape.B, shape.T, shape.C, dtype=shape.dtype) for _ in range(3)]
     kept = [x[:, : shape.n].contiguous() for x in tokens]
     calls = {
-        "idle": _rotated(lambda x: idle_block(x, block, shape.n - 1), tokens),
-        "dense": _rotated(block, kept),
+        "idle": rotating(lambda x: idle_block(x, block, shape.n - 1), tokens),
+        "dense": rotating(block, kept),
     }
     return alternate(calls, seconds)
 

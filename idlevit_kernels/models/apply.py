@@ -22,7 +22,7 @@ from ..block.api import check_count
 from ..block.latency import slower_than_dense
 from ..block.parts import find_form
 from ..block.scoring import Scorer, Select, check_scorer, check_select
-from ..errors import Words, refuse_renamed, type_error, value_error
+from ..errors import ArgumentTypeError, Words, refuse_renamed, type_error, value_error
 from ..ops.checks import check_integer
 from ..ops.flops import register_flop_formulas
 from ..schedule import check_ratio, check_schedule, idle_schedule
@@ -233,7 +233,7 @@ def remove_idle(model: Model) -> Model:
         raise value_error(op, "model", "one that apply_idle made idle", got)
     for holder, name, child in idle:
         if type(holder).__name__ in _HOLD_ON:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{op}: an idle block is wrapped in {type(holder).__name__} ({_HOLD_ON[type(holder).__name__]}), which"
                 f" would go on to call it: unwrap it first (its attribute {name!r} is the block)"
             )
@@ -259,20 +259,20 @@ def find_family(op: str, model: nn.Module) -> tuple[ModuleType, nn.Module]:
         if found is not None:
             reasons = _reasons(family, found)
             if reasons:
-                raise TypeError(f"{op}: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
+                raise ArgumentTypeError(f"{op}: {type(found).__name__} cannot idle: {'; '.join(reasons)}")
             return family, found
     for name, reason in _POOR_FITS.items():
         kind = library_class(name)
         if kind is not None and isinstance(getattr(model, "model", model), kind):
-            raise TypeError(f"{op}: {name} cannot idle: {reason}")
+            raise ArgumentTypeError(f"{op}: {name} cannot idle: {reason}")
     wrapped = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
     if isinstance(wrapped, nn.Module):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{op}: model must not be wrapped yet, got {type(model).__name__} around {type(wrapped).__name__}."
             f" Call {op} on the model itself, before torch.compile or DistributedDataParallel."
         )
     known = ", ".join(family.NAME for family in FAMILIES)
-    raise TypeError(
+    raise ArgumentTypeError(
         f"{op}: model must be one of: {known}; got {type(model).__module__}.{type(model).__name__}."
         " If its blocks are of a class that those models use, wrap them by hand:"
         " IdleBlock(block, keep_ratio, num_prefix_tokens)."

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import value_error
+from ..errors import ArgumentTypeError, value_error
 
 
 def sharing_weights(model: nn.Module) -> nn.Module:
@@ -42,6 +42,6 @@ def create_model(
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        raise TypeError(f"{op}: timm cannot make {name} with {options}: {error}") from error
+        raise ArgumentTypeError(f"{op}: timm cannot make {name} with {options}: {error}") from error
     channels, height, width = timm.data.resolve_model_data_config(model)["input_size"]
     return model, (channels, image_size or height, image_size or width)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import type_error, value_error
+from ..errors import ArgumentValueError, type_error, value_error
 from ..schedule import check_ratio, idle_schedule
 from ..versions import library_class
 from .apply import apply_idle
@@ -93,9 +93,9 @@ def _read(op: str, file: str | os.PathLike[str]) -> dict[str, Any]:
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         got = f"{file}, which holds {unsafe[1]}" if unsafe else f"{file}, which is no checkpoint"
         expected = "a checkpoint of tensors, plain values and argparse.Namespace, for nothing else is unpickled"
-        raise ValueError(f"{op}: file must be {expected}, got {got}") from error
+        raise ArgumentValueError(f"{op}: file must be {expected}, got {got}") from error
     except (EOFError, RuntimeError) as error:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{op}: file must be a checkpoint, got {file}, which is cut off or damaged: {error}"
         ) from error
     if not isinstance(content, dict):
@@ -111,7 +111,7 @@ def _weights(op: str, content: dict[str, Any], ema: bool) -> dict[str, Tensor]:
             f"a checkpoint with weights under {' or '.join(map(repr, names))}{'' if ema else ', or nothing else'}"
         )
         entries = [name if isinstance(name, str) else repr(name) for name in content]
-        raise ValueError(f"{op}: file must be {expected}, got one with the entries {_first(entries)}")
+        raise ArgumentValueError(f"{op}: file must be {expected}, got one with the entries {_first(entries)}")
     if all(name.startswith("module.") for name in found):  # of DistributedDataParallel
         return {name.removeprefix("module."): value for name, value in found.items()}
     return found
@@ -131,7 +131,7 @@ def _check_keys(op: str, model: nn.Module, weights: dict[str, Tensor]) -> None:
     }
     found = [f"{len(names)} {kind}: {_first(names)}" for kind, names in differences.items() if names]
     if found:
-        raise ValueError(
+        raise ArgumentValueError(
             f"{op}: file must hold exactly the weights of the model, a {type(model).__name__}, but of its"
             f" {len(weights)} keys {'; '.join(found)}. Make the model that the file was saved from."
         )

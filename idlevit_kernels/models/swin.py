@@ -31,7 +31,7 @@ from ..block.context import Context
 from ..block.linear import linear
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
-from ..errors import value_error
+from ..errors import ArgumentTypeError, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
 from ..versions import library_class
@@ -237,7 +237,7 @@ class WindowAttention:
         return windows.own_region((by_image + bias).flatten(0, 1))
 
     def cut(self, *_: Any) -> Tensor:
-        raise TypeError(self.cut_reason)
+        raise ArgumentTypeError(self.cut_reason)
 
     def __call__(self, y: Tensor, context: Any) -> Tensor:
         return self._in_module(y, context, self._attend)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..block import IdleBlock
-from ..errors import type_error, value_error
+from ..errors import ArgumentTypeError, type_error, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.reference.token_cut_loss import ROW_WEIGHTS
 from .apply import find_family
@@ -53,7 +53,7 @@ class IdleViTForTraining(nn.Module):
         super().__init__()
         family, found = find_family("IdleViTForTraining", model)
         if not hasattr(family, "embed"):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}."
                 " Train it as the dense model is trained, without the token cut loss."
             )

@@ -30,7 +30,7 @@ from ..block.context import Context
 from ..block.linear import Linear
 from ..block.mlp import find_mlp
 from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
-from ..errors import value_error
+from ..errors import ArgumentTypeError, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
 from ..versions import library_class
@@ -92,7 +92,7 @@ class PooledAttention:
         return shares(self.module, u, normed, prepared, context.grid)
 
     def cut(self, *_: Any) -> Tensor:
-        raise TypeError(self.cut_reason)
+        raise ArgumentTypeError(self.cut_reason)
 
     def __call__(self, y: Tensor, context: Context) -> Tensor:
         pooled = None if self.pool is None else self.prepare(y, context)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import value_error
+from ..errors import ArgumentValueError, value_error
 from ..models import load_released
 from ..models.create import check_model_name
 from .data import Digits
@@ -72,7 +72,7 @@ def create_model(recipe: Recipe, num_classes: int | None, weights: str | None) -
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             what = f"{recipe.model} with {'pretrained weights' if weights == 'pretrained' else 'random weights'}"
             hint = " Pass --weights FILE to start from a file." if weights == "pretrained" else ""
-            raise ValueError(f"train: timm cannot make {what}, {options}: {error}.{hint}") from error
+            raise ArgumentValueError(f"train: timm cannot make {what}, {options}: {error}.{hint}") from error
     if weights not in (None, "pretrained"):
         load_released(model, weights)
     return model

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import Words, value_error
+from ...errors import ArgumentValueError, Words, value_error
 from .. import reference  # noqa: F401 (fills RECORDS)
 from ..record import RECORDS
 from .backend import Backend, Kernel
@@ -22,7 +22,7 @@ def check_indices(op: str, indices: Tensor, num_tokens: int) -> None:
         raise bad_indices(op, indices, num_tokens)
 
 
-def bad_indices(op: str, indices: Tensor, num_tokens: int) -> ValueError:
+def bad_indices(op: str, indices: Tensor, num_tokens: int) -> ArgumentValueError:
     low, high = int(indices.amin()), int(indices.amax())
     return value_error(
         op,

@@ -21,7 +21,7 @@ ENDINGS = r"py|md|sh|h|cpp|cuh?|json|csv|png|svg|toml|txt|pt2?|onnx|ya?ml"
 PATH = re.compile(rf"(?<![\w./<-])\.?[A-Za-z_][\w.-]*(?:/[\w.-]+)*(?:/|\.(?:{ENDINGS}))(?![\w/-])")
 # What the commands that are shown write, or what is the reader's own.
 NOT_OURS = re.compile(
-    r"deit\.onnx|deit\.pt2|idling\.png|schedule\.json|segmentation\.png|val/|[A-Z]+\.json|(.*/)?my_\w+\.py"
+    r"deit\.onnx|deit\.pt2|idling\.png|schedule\.json|segmentation\.png|val/|[A-Z]+\.json|(.*/)?my_\w+\.(py|h)"
 )
 
 

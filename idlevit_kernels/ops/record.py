@@ -93,7 +93,7 @@ class Op(Generic[P, R]):
         self.tolerance, self.arguments, self.bytes_moved, self.macs = tolerance, arguments, bytes_moved, macs
         self.fake_function: Callable[..., R] | None = None
         self.setup_function: Callable[..., None] | None = None
-        self.backward_function: Callable[..., tuple[Any, ...]] | None = None
+        self.backward_function: Callable[..., object] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.reference(*args, **kwargs)
@@ -120,10 +120,11 @@ class Op(Generic[P, R]):
         self.setup_function = function
         return function
 
-    def backward(self, function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-        """``(ctx, *grads)``: a gradient or None for each argument. Indices are constants: selection has no gradient.
+    def backward(self, function: Callable[..., object]) -> Callable[..., object]:
+        """``(ctx, *grads)``: a gradient or None for each argument, in a tuple if there are several.
 
-        One that is made of the ``call`` of differentiable ops alone can be differentiated again.
+        Indices are constants: selection has no gradient. A backward that is made of the ``call`` of differentiable ops
+        alone can be differentiated again.
         """
         self.backward_function = function
         return function

@@ -43,7 +43,7 @@ def missing() -> list[str]:
     return []
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """x itself where its channels are contiguous, a copy otherwise; and its address."""
     if x.stride(2) != 1 and x.shape[2] > 1:
         address(x)  # before its elements are read
@@ -152,7 +152,7 @@ class NativeBackend(Backend):
     def token_scores(
         self, x: Tensor, direction: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float
     ) -> Tensor:
-        x, at_x = _rows(x)
+        x, at_x = rows_of(x)
         types, (at_direction, *at_norm), _owners = self.parameters(x, direction, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         scores = x.new_empty((B, T), dtype=accumulate_dtype(x.dtype))
@@ -186,7 +186,7 @@ class NativeBackend(Backend):
         norm_bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        (x, at_x), (scores, at_scores) = _rows(x), dense(scores, accumulate_dtype(x.dtype))
+        (x, at_x), (scores, at_scores) = rows_of(x), dense(scores, accumulate_dtype(x.dtype))
         types, at_norm, _owners = self.parameters(x, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         n = num_prefix_tokens + num_keep
@@ -200,7 +200,7 @@ class NativeBackend(Backend):
         return indices, normed
 
     def gather_tokens(self, x: Tensor, indices: Tensor) -> Tensor:
-        (x, at_x), (indices, at_indices) = _rows(x), dense(indices, torch.int64)
+        (x, at_x), (indices, at_indices) = rows_of(x), dense(indices, torch.int64)
         (B, T, C), (by_image, by_token, _), n = x.shape, x.stride(), indices.shape[1]
         out = x.new_empty((B, n, C))
         failure = self.call(
@@ -235,7 +235,7 @@ class NativeBackend(Backend):
         norm_bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        (x, at_x), (indices, at_indices) = _rows(x), dense(indices, torch.int64)
+        (x, at_x), (indices, at_indices) = rows_of(x), dense(indices, torch.int64)
         branch, at_branch = dense(branch, x.dtype)
         types, (at_gamma, *at_norm), _owners = self.parameters(x, gamma, norm_weight, norm_bias)
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
@@ -259,7 +259,7 @@ class NativeBackend(Backend):
         scale: float,
         out: Tensor,
     ) -> None:
-        """Writes into ``out``; the rows that no index names come from the source (``_rows``), or are zero without."""
+        """Writes into ``out``; the rows that no index names come from the source (``rows_of``), or are zero without."""
         (indices, at_indices), (tokens, at_tokens) = dense(indices, torch.int64), dense(tokens, out.dtype)
         branch, at_branch = (None, 0) if branch is None else dense(branch, out.dtype)
         types, (at_gamma,), _owners = self.parameters(out, gamma)
@@ -282,7 +282,7 @@ class NativeBackend(Backend):
         gamma: Tensor | None,
         scale: float,
     ) -> None:
-        rows = _rows(x)
+        rows = rows_of(x)
         target = rows[0]
         self._scatter(op, rows, indices, tokens, branch, gamma, scale, target)
         if target is not x:
@@ -290,7 +290,7 @@ class NativeBackend(Backend):
 
     def scatter_tokens(self, x: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
         out = x.new_empty(x.shape)
-        self._scatter("scatter_tokens", _rows(x), indices, tokens, None, None, 1.0, out)
+        self._scatter("scatter_tokens", rows_of(x), indices, tokens, None, None, 1.0, out)
         return out
 
     def scatter_tokens_(self, x: Tensor, indices: Tensor, tokens: Tensor) -> None:
@@ -305,7 +305,7 @@ class NativeBackend(Backend):
         self, x: Tensor, indices: Tensor, tokens: Tensor, branch: Tensor, gamma: Tensor | None, scale: float
     ) -> Tensor:
         out = x.new_empty(x.shape)
-        self._scatter("scatter_add_tokens", _rows(x), indices, tokens, branch, gamma, scale, out)
+        self._scatter("scatter_add_tokens", rows_of(x), indices, tokens, branch, gamma, scale, out)
         return out
 
     def scatter_add_tokens_(

@@ -256,7 +256,7 @@ def _refusal(call: Callable[[], Tensor], expected: Tensor) -> str:
 @functools.cache
 def _onednn_reasons() -> tuple[str, str]:
     """Why not the linear layer, why not with packed weights."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         x, weight = torch.randn(2, 16), torch.randn(32, 16)
         expected = x @ weight.T
         plain = _refusal(lambda: _call_linear(x, weight, None, "none", ""), expected)

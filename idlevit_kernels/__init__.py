@@ -7,11 +7,13 @@ from .deploy.pictures import visualize
 from .errors import BackendError
 from .measure.macs import MacReport, count_macs
 from .models import (
+    Family,
     IdleViTForTraining,
     apply_idle,
     idle_blocks,
     idle_config,
     load_released,
+    register_family,
     remove_idle,
     set_keep_ratio,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "BackendError",
     "CapturedModel",
     "Context",
+    "Family",
     "IdleBlock",
     "IdleOutput",
     "IdleViTForTraining",
@@ -59,6 +62,7 @@ __all__ = [
     "idle_config",
     "idle_schedule",
     "load_released",
+    "register_family",
     "remove_idle",
     "scatter_add_tokens",
     "scatter_add_tokens_",

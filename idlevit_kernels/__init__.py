@@ -7,11 +7,13 @@ from .deploy.pictures import visualize
 from .errors import ArgumentError, BackendError
 from .measure.macs import MacReport, count_macs
 from .models import (
+    Family,
     IdleViTForTraining,
     apply_idle,
     idle_blocks,
     idle_config,
     load_released,
+    register_family,
     remove_idle,
     set_keep_ratio,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "BackendError",
     "CapturedModel",
     "Context",
+    "Family",
     "IdleBlock",
     "IdleOutput",
     "IdleViTForTraining",
@@ -45,6 +48,7 @@ __all__ = [
     "idle_config",
     "idle_schedule",
     "load_released",
+    "register_family",
     "remove_idle",
     "selections",
     "set_keep_ratio",

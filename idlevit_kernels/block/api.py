@@ -246,28 +246,30 @@ def _check_inplace(op: str, x: Tensor, block: nn.Module, context: Context) -> No
 
 
 @functools.cache
-def _mixed(idle: type, kind: type) -> type:
+def _mixed(idle: type, kind: type, form: Form) -> type:
     """A class that is both: the dense block's, so that whoever looks for blocks by their class finds this one, and the
     idle block's. It has the dense class's name, by which device maps and wrap policies know it."""
-    form = form_of_kind(kind)
-    if isinstance(form, str):
-        raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (idle, kind), {**names, "dense_kind": kind, "idle_kind": idle, "form": form})
 
 
 def _rebuild(idle: Any, kind: Any) -> nn.Module:
     """An idle block without attributes, for copy and pickle."""
-    return object.__new__(_mixed(idle, kind))
+    form = form_of_kind(kind)
+    if isinstance(form, str):
+        raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
+    return object.__new__(_mixed(idle, kind, form))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass
 class Idling:
-    """The settings of an idle block: a keep ratio or a count, and how tokens are chosen."""
+    """The settings of an idle block: a keep ratio or a count, and how tokens are chosen; ``layer`` as in
+    ``IdleBlock``."""
 
     keep: int | float
     num_prefix_tokens: int
     selection: Selection
+    layer: int | None = None
 
 
 # What an idle block has of its own; the rest lies on the dense block, too.
@@ -359,6 +361,15 @@ class IdleBlock(nn.Module):
     def keep(self, keep: int | float) -> None:
         ratio = isinstance(keep, float)
         self._idling.keep = check_ratio("IdleBlock", keep) if ratio else check_count("IdleBlock", keep)  # type: ignore[arg-type]
+
+    @property
+    def layer(self) -> int | None:
+        """Which of its encoder's blocks it is, from 0; None if it was not made by ``apply_idle``."""
+        return self._idling.layer
+
+    @layer.setter
+    def layer(self, layer: int | None) -> None:
+        self._idling.layer = layer
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -281,6 +281,37 @@ class SelfAttention:
         return calls.token_cut_loss(q, k, indices, scale, num_prefix_tokens, kind)[0]
 
 
+class CalledAttention(SelfAttention):
+    """Any attention whose keys are linear in its tokens: called as it is on the kept ones; its projections are read for
+    the scores.
+
+    Args:
+        module: y [B, n, C] -> [B, n, C], or a tuple that begins with it.
+        watch: what reads it.
+        heads: of the queries.
+        projections: one Linear of queries, keys and values (in this order), or three. Others than plain ones are
+            called; then the keys of all tokens are computed.
+        scale: of its logits, which the token cut loss needs; None if there is to be no such loss.
+    """
+
+    written = calls_projections = turns = False
+    biases = q_norm = k_norm = num_prefix_tokens = rotate_half = None
+
+    def __init__(self, module: Any, watch: Watch, heads: int, projections: tuple[Any, ...], scale: float | None = None):
+        self.module = module
+        self.own = watch.is_own(module)
+        self.watched = watch.is_watched(module)
+        self.heads, self.scale, self.cut_scale = heads, scale, scale
+        self.cut_reason = "" if scale else f"the scale of its attention, {type(module).__name__}, is not known"
+        found = tuple(find_linear(projection, watch) for projection in projections)
+        self.qkv, self.separate = (found[0], ()) if len(found) == 1 else (None, found)
+        self.linear_keys = all(projection.weight is not None for projection in found[:2])
+
+    def call(self, y: Tensor, context: Context) -> Tensor:
+        out = self.module(y, **context.arguments())
+        return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
+
+
 _KNOWN = ("Attention", "AttentionRope", "EvaAttention")
 
 

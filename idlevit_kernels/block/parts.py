@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import versions
+from ..errors import ArgumentTypeError, ArgumentValueError
 from ..ops.backends import native
 from ..ops.library import PLAIN, Calls
 from .context import Context
@@ -429,33 +430,77 @@ Entered = tuple[Tensor, Context, Callable[[Tensor], Tensor] | None]
 
 
 class Form(Protocol):
-    """How blocks of one kind are read and called; a family of models registers those that it knows."""
+    """How blocks of one kind are read and called. A family of models has one or more; derive from this class to have
+    what is usual: a block that is called with tokens alone.
 
-    blocks: tuple[str, ...]  # the classes, by the names they have in ``versions.CLASSES``
-    sequence: bool  # whether it takes tokens [B, T, C], so that the kept ones make an input, too
-    alone: Context | None  # the context of a call with x alone; None if ``context`` has to be asked
+    Attributes:
+        kinds: the classes of the blocks; those of a library that may not be loaded by the names that they have in
+            ``versions.CLASSES``. Their forward, and that of a subclass that keeps it, is the one that the form knows.
+        sequence: whether a block takes tokens [B, T, C], so that the kept ones make an input, too.
+        alone: the context of a call with x alone; None if ``context`` has to be asked.
+    """
+
+    kinds: tuple[str | type, ...]
+    sequence: bool = True
+    alone: Context | None = Context.NOTHING
 
     def why_unsupported(self, block: Any) -> str | None:
         """Why the block cannot idle, beyond its class and forward; None if it can."""
+        return None
 
-    def parts(self, block: Any, watch: Watch) -> Parts: ...
+    def parts(self, block: Any, watch: Watch) -> Parts:
+        """What the block consists of, every attribute read through the watch."""
+        ...
 
     def context(self, block: Any, *args: Any, **kwargs: Any) -> Context:
         """From what the block is called with after x."""
+        if args or kwargs:
+            got = ", ".join([*(f"a {type(a).__name__}" for a in args), *kwargs])
+            raise ArgumentTypeError(
+                f"IdleBlock: {type(block).__name__} must be called with its tokens alone, got {got} too"
+            )
+        return Context.NOTHING
 
     def arguments(self, context: Context) -> dict[str, Any]:
         """What the block's own forward is called with after x."""
+        return {}
 
-    def enter(self, block: Any, x: Tensor, context: Context) -> Entered: ...
+    def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
+        """The block's input as the chain takes it."""
+        return x, context, None
 
 
-_forms: dict[str, Form] = {}
+# By class, or its name. Of a class that was given, the forward that it had then: its source may be in no file.
+_forms: dict[str | type, Form] = {}
+_forwards: dict[type, Any] = {}
 
 
 def register_form(form: Form) -> None:
-    for name in form.blocks:
-        _forms[name] = form
+    """Raises ValueError if one of its classes has a form already."""
+    for kind in form.kinds:
+        if isinstance(kind, str):
+            known = kind in _forms
+        else:
+            known = any(_class(k) is kind for k in _forms)
+        if known:
+            name = kind if isinstance(kind, str) else kind.__name__
+            raise ArgumentValueError(
+                f"register_family: {name} must be a class whose blocks are not known yet, got one that is"
+            )
+    for kind in form.kinds:
+        _forms[kind] = form
+        if isinstance(kind, type):
+            _forwards[kind] = getattr(kind, "forward", None)
     _form.cache_clear()
+
+
+def forget_form(form: Form) -> None:
+    for kind in form.kinds:
+        del _forms[kind]
+        if isinstance(kind, type):
+            del _forwards[kind]
+    _form.cache_clear()
+    _known.clear()
 
 
 def dense_kind(block: nn.Module) -> Any:
@@ -472,18 +517,25 @@ def definer(kind: type) -> Any:
 def _form(kind: type, forward: Any) -> Form | str:
     """The form of the blocks of a class; or why there is none."""
     home = definer(kind)
-    name = next((name for name in _forms if find_kind(name) is home), None)
-    if name is None:
+    known = next((k for k in _forms if _class(k) is home), None)
+    if known is None:
         for base in kind.__mro__[1:]:
-            if any(find_kind(known) is base for known in _forms):
+            if any(_class(k) is base for k in _forms):
                 return f"{kind.__name__}, whose forward is not that of {base.__name__}"
         return _REFUSED.get(kind.__name__) or f"{kind.__name__} ({kind.__module__}), whose forward is not known"
-    if not _is_own(kind, forward):
+    if isinstance(known, str):
+        own, changed = _is_own(kind, forward), versions.changed_forward(kind, known)
+    else:
+        own, changed = forward is _forwards[known], ""
+    if not own:
         return f"{kind.__name__}, whose forward was replaced on the class"
-    changed = versions.changed_forward(kind, name)
     if changed:
         return f"{kind.__name__}, whose forward is not the one that is known: {changed}"
-    return _forms[name]
+    return _forms[known]
+
+
+def _class(kind: str | type) -> type | None:
+    return find_kind(kind) if isinstance(kind, str) else kind
 
 
 _POST_NORM = "it normalises after the branch (post-norm), so a kept token's branch input is not normalised"

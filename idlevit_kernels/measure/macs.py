@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import type_error, value_error
+from ..models.family import encoders
 from ..models.inputs import default_input_size
 from ..ops.flops import register_flop_formulas
 from ..versions import HOOKS
@@ -62,7 +64,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...] | None = None) -> M
     root = type(on_meta).__name__
     macs = {name: sum(flops.values()) // 2 for name, flops in counts.items()}
     per_layer: dict[str, int] = defaultdict(int)
-    for name, _ in _layers(on_meta):
+    for name in _layers(on_meta):
         if macs.get(f"{root}.{name}"):
             per_layer[name] = macs[f"{root}.{name}"]
     return MacReport(counter.get_total_flops() // 2, dict(per_layer))
@@ -82,13 +84,18 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _layers(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
-    """Direct children; sequences, lists and stages, which hold a sequence or list named ``blocks``, are opened."""
-    found: list[tuple[str, nn.Module]] = []
+def _layers(model: nn.Module) -> list[str]:
+    """The transformer blocks, and direct children; sequences, lists and stages, which hold a sequence or list named
+    ``blocks``, are opened, and so is what an encoder stands in."""
+    blocks = {block for encoder in encoders(model) for block in encoder.blocks}
     containers = nn.Sequential, nn.ModuleList
-    for name, child in model.named_children():
-        if isinstance(child, containers) or isinstance(getattr(child, "blocks", None), containers):
-            found.extend(_layers(child, f"{prefix}{name}."))
-        else:
-            found.append((prefix + name, child))
-    return found
+
+    def walk(parent: nn.Module, prefix: str) -> Iterator[str]:
+        for name, child in parent.named_children():
+            held = isinstance(child, containers) or isinstance(getattr(child, "blocks", None), containers)
+            if child not in blocks and (held or any(module in blocks for module in child.modules())):
+                yield from walk(child, f"{prefix}{name}.")
+            else:
+                yield prefix + name
+
+    return list(walk(model, ""))

@@ -16,7 +16,7 @@ from ..block.scoring import Scorer, Select, check_scorer
 from ..block.timing import Timing, alternate
 from ..errors import Words, type_error, value_error
 from ..models import apply_idle, remove_idle
-from ..models.apply import find_family
+from ..models.apply import find_encoders
 from ..models.inputs import block_inputs, default_input_size
 from ..schedule import idle_schedule
 from .macs import count_macs
@@ -108,8 +108,10 @@ def tune_schedule(
         raise value_error(op, "batch", "at least 1", batch)
     if not seconds > 0:
         raise value_error(op, "seconds", "above 0", seconds)
-    family, found = find_family(op, model)
-    blocks = family.blocks(found)
+    found = find_encoders(op, model)
+    if len(found) > 1:
+        raise value_error(op, "model", "one with one encoder; tune each by itself", Words(f"one with {len(found)}"))
+    family, place, blocks = found[0].family, found[0].place, found[0].blocks
     if any(isinstance(block, IdleBlock) for block in blocks):
         raise value_error(op, "model", "dense (call remove_idle first)", "an idle one")
     size = input_size or default_input_size(model)
@@ -118,9 +120,9 @@ def tune_schedule(
     shapes = sorted({given.shape for given in inputs})
     if len(shapes) != 1:
         raise value_error(op, "model", "one whose blocks all see the same tokens", f"one whose blocks see {shapes}")
-    prefix = family.num_prefix_tokens(found)
+    prefix = family.num_prefix_tokens(place)
     num_tokens = shapes[0][1] - prefix
-    scorer = check_scorer(op, family.default_scorer(found) if scorer == "auto" else scorer, prefix)
+    scorer = check_scorer(op, family.default_scorer(place) if scorer == "auto" else scorer, prefix)
     depth = len(blocks)
 
     tokens = random_inputs(inputs[depth // 2].shape, like)

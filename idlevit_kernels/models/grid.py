@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +11,6 @@ from torch.nn import functional as F
 
 from ..block.parts import find_kind, own_forward
 from ..versions import changed_forward
-
-
-def put_blocks(stages: Iterable[Any], blocks: Iterable[nn.Module]) -> None:
-    """Replaces the blocks of all stages, which are ModuleLists or Sequentials, in their order."""
-    remaining = iter(blocks)
-    for stage in stages:
-        for i in range(len(stage)):
-            stage[i] = next(remaining)
 
 
 def why_no_attention(attn: Any, name: str) -> str | None:

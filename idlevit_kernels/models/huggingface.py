@@ -12,37 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..block.attention import Projected, SelfAttention, check_branch, heads_apart, heads_together
+from ..block.attention import CalledAttention, Projected, check_branch, heads_apart, heads_together
 from ..block.context import Context
-from ..block.parts import Entered, Parts, Watch, find_branch, find_kind, find_linear, find_norm, register_form
+from ..block.parts import Form, Parts, Watch, find_branch, find_kind, find_norm
 from ..errors import value_error
 from ..ops.library import Calls, transformed
-from ..versions import library_class
-
-NAME = "transformers ViT, DeiT or DINOv2"
+from .family import Family, outermost, places
 
 # Class of a layer, and the prefix tokens of its model, registers apart.
 _LAYERS = {"ViTLayer": 1, "DeiTLayer": 2, "Dinov2Layer": 1, "Dinov2WithRegistersLayer": 1}
 
 
-class LayerAttention(SelfAttention):
+class LayerAttention(CalledAttention):
     """The attention of such a layer, called on the kept tokens; its projections are read for the scores."""
 
-    cut_reason = "transformers' attention has none"
-    written = False
-    qkv = biases = q_norm = k_norm = num_prefix_tokens = rotate_half = None
-
     def __init__(self, module: Any, watch: Watch):
-        self.module = module
-        own, watched = watch.is_own(module), watch.is_watched(module)
-        self.heads = self.mask_heads = watch.value(module, "num_attention_heads")
-        self.separate = tuple(find_linear(_part(module, f"{name}_proj", watch), watch) for name in "qkv")
-        self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
+        heads = watch.value(module, "num_attention_heads")
+        super().__init__(module, watch, heads, tuple(_part(module, f"{name}_proj", watch) for name in "qkv"))
+        self.cut_reason = "transformers' attention has none"
+        self.mask_heads = heads
         # Where the keys of all tokens had to be computed, those of the kept ones are used again.
         kind = getattr(watch.value(module, "config"), "_attn_implementation", None)
-        self.flex = kind == "flex_attention"
-        self.output = watch.value(module, "o_proj") if own and not watched and kind in ("sdpa", "eager") else None
-        self.calls_projections = self.output is not None
+        self.flex, again = kind == "flex_attention", self.own and not self.watched and kind in ("sdpa", "eager")
+        self.output = watch.value(module, "o_proj") if again else None
+        self.calls_projections = again
         self.scale = watch.value(module, "scaling")
         self.dropout = (watch.value(module, "attention_dropout") or 0.0) if watch.value(module, "training") else 0.0
 
@@ -62,12 +55,11 @@ class LayerAttention(SelfAttention):
         return self.output(heads_together(out))
 
 
-class LayerForm:
+class LayerForm(Form):
     """x + attention(norm(x)), then x + mlp(norm(x)), with the names that transformers gives the parts."""
 
-    blocks: tuple[str, ...] = tuple(_LAYERS)
-    sequence = True
-    alone: Context | None = None
+    kinds = tuple(_LAYERS)
+    alone = None
 
     def why_unsupported(self, layer: Any) -> str | None:
         try:
@@ -98,9 +90,6 @@ class LayerForm:
 
     def arguments(self, context: Context) -> dict[str, Any]:
         return {} if context.mask is None else {"attention_mask": context.mask}
-
-    def enter(self, layer: Any, x: Tensor, context: Context) -> Entered:
-        return x, context, None
 
 
 def _find_mask(mask: Any) -> Tensor | None:
@@ -142,9 +131,6 @@ def _part(layer: Any, name: str, watch: Watch) -> Any:
     return watch.value(layer, name)
 
 
-register_form(LayerForm())
-
-
 def _kind(layer: Any) -> str:
     """Which of the supported layers this is; "" if none."""
     for name in _LAYERS:
@@ -154,35 +140,21 @@ def _kind(layer: Any) -> str:
     return ""
 
 
-def _lists_of_layers(module: nn.Module) -> list[str]:
-    children = module.named_children()
-    return [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) and _kind(child[0])]
+class TransformersViTs(Family):
+    """The place is the list of layers."""
 
+    name = "transformers ViT, DeiT or DINOv2"
+    forms = (LayerForm(),)
 
-def find(model: Any) -> nn.Module | None:
-    """The module that holds the list of layers; None if there is none, or more than one."""
-    kind: Any = library_class("PreTrainedModel")
-    if kind is None or not isinstance(model, kind):
-        return None
-    found = [module for module in model.modules() if _lists_of_layers(module)]
-    return found[0] if len(found) == 1 else None
+    def find(self, model: nn.Module) -> list[Any]:
+        def holds(module: nn.Module) -> bool:
+            return isinstance(module, nn.ModuleList) and len(module) > 0 and bool(_kind(module[0]))
 
+        return [place for known in places(model, "PreTrainedModel") for place in outermost(known, holds)]
 
-def blocks(model: Any) -> list[nn.Module]:
-    (name,) = _lists_of_layers(model)
-    return list(getattr(model, name))
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return list(place)
 
-
-def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    (name,) = _lists_of_layers(model)
-    layers = getattr(model, name)
-    for i, block in enumerate(blocks):
-        layers[i] = block
-
-
-def num_prefix_tokens(model: Any) -> int:
-    return _LAYERS[_kind(blocks(model)[0])] + getattr(model.config, "num_register_tokens", 0)
-
-
-def default_scorer(model: Any) -> str:
-    return "cls"
+    def num_prefix_tokens(self, place: Any) -> int:
+        config = getattr(place[0].attention, "config", None)
+        return _LAYERS[_kind(place[0])] + getattr(config, "num_register_tokens", 0)

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from ..block.latency import BlockInput, evaluation
+from ..errors import ArgumentValueError
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """(channels, height, width) that the model's patch embedding was built for; (3, 224, 224) where it does not say."""
-    embed = getattr(getattr(model, "model", model), "patch_embed", None)
-    first = (
-        next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None) if isinstance(embed, nn.Module) else None
-    )
+    embeds = (module._modules.get("patch_embed") for module in model.modules())
+    embed = next((embed for embed in embeds if embed is not None), None)
+    first = None if embed is None else next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
     size = getattr(embed, "img_size", None)
     size = size or getattr(getattr(model, "config", None), "image_size", None) or 224  # a transformers model
@@ -41,4 +41,10 @@ def block_inputs(
     finally:
         for handle in handles:
             handle.remove()
+    missing = sum(block not in found for block in blocks)
+    if missing:
+        raise ArgumentValueError(
+            f"{type(model).__name__} must run all its blocks on one batch of images, so that they can be timed, got one"
+            f" that does not run {missing} of {len(blocks)}"
+        )
     return [found[block] for block in blocks]

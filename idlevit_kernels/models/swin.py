@@ -30,14 +30,22 @@ from ..block.attention import heads_apart
 from ..block.context import Context
 from ..block.linear import linear
 from ..block.mlp import find_mlp
-from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
+from ..block.parts import (
+    Entered,
+    Form,
+    Parts,
+    Watch,
+    find_branch,
+    find_kind,
+    find_linear,
+    find_norm,
+    find_optional,
+)
 from ..errors import ArgumentTypeError, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
-from ..versions import library_class
-from .grid import attend, put_blocks, through_hooks, why_no_attention
-
-NAME = "timm SwinTransformer, SwinTransformerV2"
+from .family import Family, outermost, places
+from .grid import attend, through_hooks, why_no_attention
 
 Size = tuple[int, int]
 _OUTSIDE = -100.0  # what timm adds to the logits of tokens of different regions
@@ -342,12 +350,12 @@ class CosineWindowAttention(WindowAttention):
         return 1.0
 
 
-class WindowForm:
+class WindowForm(Form):
     """Swin's block on a grid [B, H, W, C]: x + attn(norm1(x)), then x + mlp(norm2(x)), in windows."""
 
-    blocks: tuple[str, ...] = ("SwinTransformerBlock",)
+    kinds: tuple[str | type, ...] = ("SwinTransformerBlock",)
     sequence = False
-    alone: Context | None = None
+    alone = None
     attention_name, attention = "WindowAttention", WindowAttention
 
     def why_unsupported(self, block: Any) -> str | None:
@@ -363,12 +371,6 @@ class WindowForm:
         branches = find_branch(watch, drop1), find_branch(watch, drop2)
         return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
 
-    def context(self, block: Any) -> Context:
-        return Context.NOTHING
-
-    def arguments(self, context: Context) -> dict[str, Any]:
-        return {}
-
     def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
         if not isinstance(x, Tensor) or x.dim() != 4:
             raise value_error(type(block).__name__, "x", "a grid of tokens [B, H, W, C]", x)
@@ -379,7 +381,7 @@ class WindowForm:
 class PostNormWindowForm(WindowForm):
     """Swin V2's block: x + norm1(attn(x)), then x + norm2(mlp(x)), in windows."""
 
-    blocks: tuple[str, ...] = ("SwinTransformerV2Block",)
+    kinds = ("SwinTransformerV2Block",)
     attention_name, attention = "WindowAttentionV2", CosineWindowAttention
 
     def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
@@ -388,36 +390,26 @@ class PostNormWindowForm(WindowForm):
         return Parts(None, attention, branches[0], None, mlp, branches[1], watch, self)
 
 
-register_form(WindowForm())
-register_form(PostNormWindowForm())
+class SwinTransformers(Family):
+    name = "timm SwinTransformer, SwinTransformerV2"
+    forms = (WindowForm(), PostNormWindowForm())
+
+    def find(self, model: nn.Module) -> list[Any]:
+        """The models; of what ``features_only`` makes of them, a container of stages, the container."""
+        models = tuple(k for k in map(find_kind, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
+
+        def holds(module: nn.Module) -> bool:
+            kept = type(module).__name__ in ("FeatureListNet", "FeatureDictNet") and bool(_stages(module))
+            return kept or isinstance(module, models)
+
+        return outermost(model, holds) if models else []
+
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return [block for stage in _stages(place) for block in stage.blocks]
+
+    def num_prefix_tokens(self, place: Any) -> int:
+        return 0
 
 
-def _stages(model: nn.Module) -> list[Any]:
-    kinds = tuple(k for k in map(library_class, ("SwinTransformerStage", "SwinTransformerV2Stage")) if k is not None)
-    return [m for m in model.modules() if type(m) in kinds]
-
-
-def find(model: Any) -> nn.Module | None:
-    """The model itself if it is a SwinTransformer, of either version, or what ``features_only`` made of one."""
-    kinds: Any = tuple(k for k in map(library_class, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
-    if not kinds:  # no timm model can exist
-        return None
-    if isinstance(model, kinds):
-        return model
-    return model if type(model).__name__ in ("FeatureListNet", "FeatureDictNet") and _stages(model) else None
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for stage in _stages(model) for block in stage.blocks]
-
-
-def set_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    put_blocks([stage.blocks for stage in _stages(model)], blocks)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    return 0
-
-
-def default_scorer(model: nn.Module) -> str:
-    return "mean"
+def _stages(place: nn.Module) -> list[Any]:
+    return places(place, "SwinTransformerStage", "SwinTransformerV2Stage")

@@ -12,7 +12,7 @@ from ..block import IdleBlock
 from ..errors import ArgumentTypeError, type_error, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.reference.token_cut_loss import ROW_WEIGHTS
-from .apply import find_family
+from .apply import find_encoders
 
 
 class IdleViTOutput(NamedTuple):
@@ -51,37 +51,38 @@ class IdleViTForTraining(nn.Module):
 
     def __init__(self, model: nn.Module, cut: str = "both"):
         super().__init__()
-        family, found = find_family("IdleViTForTraining", model)
-        if not hasattr(family, "embed"):
+        (encoder, *others) = find_encoders("IdleViTForTraining", model)
+        family: Any = encoder.family
+        if not hasattr(family, "embed") or not hasattr(family, "head"):
             raise ArgumentTypeError(
-                f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}."
+                f"IdleViTForTraining: {family.name} has no training form; got {type(model).__name__}."
                 " Train it as the dense model is trained, without the token cut loss."
             )
-        if found is not model:
-            raise type_error("IdleViTForTraining", "model", "a model with its classifier, not features_only", model)
+        if encoder.place is not model or others:
+            expected = "a model with its classifier, not features_only or wrapped in another"
+            raise type_error("IdleViTForTraining", "model", expected, model)
         if cut not in ROW_WEIGHTS:
             raise value_error("IdleViTForTraining", "cut", f"one of {list(ROW_WEIGHTS)}", cut)
         self.model, self.cut = model, cut
-        # Functions, not the module they are in: copy.deepcopy and pickle take those.
-        self._embed, self._blocks, self._head = family.embed, family.blocks, family.head
+        self._family = family
 
     def forward(self, images: Tensor) -> IdleViTOutput:
         model: Any = self.model
-        recompute = model.grad_checkpointing and torch.is_grad_enabled()
+        recompute = getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled()
 
         def run(block: nn.Module, x: Tensor, **kwargs: Any) -> Any:
             return checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
 
-        x, arguments = self._embed(model, images)
+        x, arguments = self._family.embed(model, images)
         token_cut, indices = [], []
-        for block, kwargs in zip(self._blocks(model), arguments, strict=True):
+        for block, kwargs in zip(self._family.blocks(model), arguments, strict=True):
             if isinstance(block, IdleBlock) and block.idles:
                 x, kept, cut = run(block, x, return_cut=self.cut, **kwargs)
                 token_cut.append(cut)
                 indices.append(kept)
             else:
                 x = run(block, x, **kwargs)
-        logits, features = self._head(model, x)
+        logits, features = self._family.head(model, x)
         cuts = torch.stack(token_cut) if token_cut else x.new_zeros(0, dtype=accumulate_dtype(x.dtype))
         return IdleViTOutput(logits, features, cuts, tuple(indices))
 

@@ -72,6 +72,6 @@ class World:
         if self.size > 1 and dist.is_initialized():
             group = dist.group.WORLD
             dist.destroy_process_group()
-            # Not to be freed before the process ends: the destructor of a gloo group joins its threads while this thread
-            # holds Python's lock, which one of them may be waiting for (seen once in ten runs with PyTorch 2.10).
+            # Not to be freed before the process ends: the destructor of a gloo group joins its threads while this one
+            # holds Python's lock, which one of them may be waiting for (one run in ten hung so with PyTorch 2.10).
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

@@ -219,6 +219,14 @@ def test_what_register_family_refuses(example: ModuleType, model: nn.Module) -> 
 
     with pytest.raises(ValueError, match="^register_family: OwnLayer must be a class whose blocks are not known yet"):
         ik.register_family(Second())
+    heir = type("Heir", (example.OwnLayer,), {})
+    for kind, said in (
+        (heir, "Heir must be the class in which the forward is written.*: name OwnLayer"),
+        ("OwnLayer", "OwnLayer must be a class itself"),
+    ):
+        with pytest.raises(ValueError, match=f"^register_family: {said}"):
+            form = type("Other", (example.OwnForm,), {"kinds": (kind,)})
+            ik.register_family(type("Third", (Second,), {"forms": (form(),)})())
     assert "second" not in families.family_names()
     Second.forms = ()  # the layers are known; the family says where else they stand
     second = Second()

@@ -40,6 +40,30 @@ def heads_together(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(2)
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softmax: Any = None,
+    drop: Any = None,
+) -> Tensor:
+    """[B, H, n, head_dim] each, keys and values perhaps of others, mask [B or 1, H or 1, n, keys] -> [B, n, C].
+
+    ``softmax`` and ``drop``: modules that somebody watches, or None.
+    """
+    if softmax is None and drop is None:
+        return heads_together(F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    weights = query * scale @ key.transpose(-2, -1)
+    weights = weights if mask is None else weights + mask
+    weights = weights.softmax(-1) if softmax is None else softmax(weights)
+    weights = torch.dropout(weights, dropout, dropout > 0) if drop is None else drop(weights)
+    return heads_together(weights @ value)
+
+
 def check_branch(module: Any, out: Any, y: Tensor) -> Tensor:
     """What a module returned for y [B, n, C], if it is such a tensor."""
     if isinstance(out, Tensor) and out.shape == y.shape:
@@ -179,13 +203,9 @@ class SelfAttention:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if self.dropout == 0.0 and self.fused:  # each argument more costs a microsecond
-            out = F.scaled_dot_product_attention(q, k, v)
-        elif self.attn_drop is None:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, scale=self.scale)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         else:
-            assert self.scale is not None
-            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
-        out = out.transpose(1, 2).flatten(2)
+            out = attend(q, k, v, None, self.scale, self.dropout, None, self.attn_drop)
         if self.norm is not None:
             out = self.norm(out)
         if self.gate is not None:

@@ -476,22 +476,27 @@ _forwards: dict[type, Any] = {}
 
 
 def register_form(form: Form) -> None:
-    """Raises ValueError if one of its classes has a form already."""
+    """Raises ValueError if one of its classes has a form already, or a forward that is another's."""
     for kind in form.kinds:
-        if isinstance(kind, str):
-            known = kind in _forms
-        else:
-            known = any(_class(k) is kind for k in _forms)
-        if known:
+        reason = _why_no_kind(kind)
+        if reason:
             name = kind if isinstance(kind, str) else kind.__name__
-            raise ArgumentValueError(
-                f"register_family: {name} must be a class whose blocks are not known yet, got one that is"
-            )
+            raise ArgumentValueError(f"register_family: {name} must be {reason}")
     for kind in form.kinds:
         _forms[kind] = form
         if isinstance(kind, type):
             _forwards[kind] = getattr(kind, "forward", None)
     _form.cache_clear()
+
+
+def _why_no_kind(kind: str | type) -> str | None:
+    if isinstance(kind, str) and kind not in versions.CLASSES:
+        return "a class itself; only those that versions.CLASSES lists go by a name"
+    if kind in _forms or (isinstance(kind, type) and any(_class(k) is kind for k in _forms)):
+        return "a class whose blocks are not known yet, got one that is"
+    if isinstance(kind, type) and "forward" not in vars(kind):
+        return f"the class in which the forward is written, got one that inherits it: name {definer(kind).__name__}"
+    return None
 
 
 def forget_form(form: Form) -> None:

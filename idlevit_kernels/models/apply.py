@@ -218,7 +218,7 @@ def idle_config(model: nn.Module) -> dict[str, Any]:
         raise value_error(op, name, "a name, for a function is no JSON; pass it to apply_idle", got)
     scorers, selects = ({getattr(block, name) for block in every} for name in ("scorer", "select"))
     for name, values in (("scorer", scorers), ("select", selects)):
-        if len(values) > 1 and not (name == "scorer" and _all_auto(op, model, by_encoder)):
+        if len(values) > 1 and not (name == "scorer" and _all_auto(model, by_encoder)):
             raise value_error(op, name, "the same in all blocks", Words("blocks that differ"))
     keeps = [[block.keep for block in blocks] for blocks in by_encoder]
     flat = [keep for its in keeps for keep in its]
@@ -233,9 +233,9 @@ def idle_config(model: nn.Module) -> dict[str, Any]:
     return {**how, "scorer": scorers.pop() if len(scorers) == 1 else "auto", "select": selects.pop()}
 
 
-def _all_auto(op: str, model: nn.Module, by_encoder: list[list[IdleBlock]]) -> bool:
+def _all_auto(model: nn.Module, by_encoder: list[list[IdleBlock]]) -> bool:
     """Whether each encoder is scored as its family does by default."""
-    found = find_encoders(op, model)
+    found = encoders(model)
     return len(found) == len(by_encoder) and all(
         block.scorer == encoder.family.default_scorer(encoder.place)
         for encoder, blocks in zip(found, by_encoder, strict=True)

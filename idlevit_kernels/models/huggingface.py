@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..block.attention import CalledAttention, Projected, check_branch, heads_apart, heads_together
+from ..block.attention import CalledAttention, Projected, attend, check_branch, heads_apart, heads_together
 from ..block.context import Context
 from ..block.parts import Form, Parts, Watch, find_branch, find_kind, find_norm
 from ..errors import value_error
@@ -51,8 +50,7 @@ class LayerAttention(CalledAttention):
             return self.call(y, context)
         q, k = (calls.gather_tokens(heads_together(t), indices) for t in prepared[:2])
         q, k, v = (heads_apart(t, prepared.q.shape[3]) for t in (q, k, self.separate[2](y)))
-        out = F.scaled_dot_product_attention(q, k, v, context.mask, self.dropout, scale=self.scale)
-        return self.output(heads_together(out))
+        return self.output(attend(q, k, v, context.mask, self.scale, self.dropout))
 
 
 class LayerForm(Form):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..block.attention import heads_apart
+from ..block.attention import attend, heads_apart
 from ..block.context import Context
 from ..block.linear import linear
 from ..block.mlp import find_mlp
@@ -45,7 +45,7 @@ from ..errors import ArgumentTypeError, value_error
 from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
 from .family import Family, outermost, places
-from .grid import attend, through_hooks, why_no_attention
+from .grid import through_hooks, why_no_attention
 
 Size = tuple[int, int]
 _OUTSIDE = -100.0  # what timm adds to the logits of tokens of different regions
@@ -356,20 +356,18 @@ class WindowForm(Form):
     kinds: tuple[str | type, ...] = ("SwinTransformerBlock",)
     sequence = False
     alone = None
-    attention_name, attention = "WindowAttention", WindowAttention
+    attention_name, attention, post_norm = "WindowAttention", WindowAttention, False
 
     def why_unsupported(self, block: Any) -> str | None:
         return why_no_attention(block.attn, self.attention_name)
 
     def parts(self, block: Any, watch: Watch) -> Parts:
-        norm1, norm2 = (find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2"))
-        drops = (watch.value(block, f"drop_path{i}") for i in (1, 2))
-        return self._arrange(block, watch, norm1, norm2, *drops)
-
-    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
+        norms = [find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2")]
+        drops = [watch.value(block, f"drop_path{i}") for i in (1, 2)]
         attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
-        branches = find_branch(watch, drop1), find_branch(watch, drop2)
-        return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
+        before, after = ([None, None], norms) if self.post_norm else (norms, [None, None])
+        branches = [find_branch(watch, drop, norm=norm) for drop, norm in zip(drops, after, strict=True)]
+        return Parts(before[0], attention, branches[0], before[1], mlp, branches[1], watch, self)
 
     def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
         if not isinstance(x, Tensor) or x.dim() != 4:
@@ -382,12 +380,7 @@ class PostNormWindowForm(WindowForm):
     """Swin V2's block: x + norm1(attn(x)), then x + norm2(mlp(x)), in windows."""
 
     kinds = ("SwinTransformerV2Block",)
-    attention_name, attention = "WindowAttentionV2", CosineWindowAttention
-
-    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
-        attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
-        branches = find_branch(watch, drop1, norm=norm1), find_branch(watch, drop2, norm=norm2)
-        return Parts(None, attention, branches[0], None, mlp, branches[1], watch, self)
+    attention_name, attention, post_norm = "WindowAttentionV2", CosineWindowAttention, True
 
 
 class SwinTransformers(Family):

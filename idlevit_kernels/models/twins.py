@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block import scoring
-from ..block.attention import heads_apart
+from ..block.attention import attend, heads_apart
 from ..block.context import Context
 from ..block.linear import Linear
 from ..block.mlp import find_mlp
@@ -35,7 +35,7 @@ from ..ops.dtypes import accumulate_dtype
 from ..ops.library import Calls
 from ..versions import library_class
 from .family import Family, places
-from .grid import attend, through_hooks, why_no_attention
+from .grid import through_hooks, why_no_attention
 
 
 class PooledAttention:

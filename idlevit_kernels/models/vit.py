@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..block.api import IdleSequential, take_place
+from ..block.api import IdleBlock, IdleSequential, take_place
 from ..block.attention import find_attention, why_no_keys
 from ..block.context import Context
 from ..block.mlp import find_mlp
@@ -91,7 +91,7 @@ class VisionTransformers(Family):
 
     def why_unsupported(self, place: Any) -> str | None:
         for block in place.blocks:
-            if definer(type(block.attn)) is not find_kind("Attention"):
+            if not isinstance(block, IdleBlock) and definer(type(block.attn)) is not find_kind("Attention"):
                 return f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"
         return None
 

@@ -59,7 +59,7 @@ def _(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 @column_sums.backward
-def _(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _(ctx: Any, grad: Tensor) -> Tensor:
     num_tokens, dtype = ctx.like
     return grad.to(dtype).unsqueeze(1).expand(-1, num_tokens, -1)
 """

@@ -57,7 +57,15 @@ def triton_key(arch: str) -> str:
 
 def launches_key() -> str:
     """Of all that decides which kernels are launched: where it has changed, a good cache may lack some."""
-    return digest(sources("idlevit_kernels/**/*.py", "bench/gpu_steps.py", "bench/gpu_pack.py", "tests/gpu/*.py"))
+    return digest(
+        sources(
+            "idlevit_kernels/**/*.py",
+            "bench/gpu_steps.py",
+            "bench/gpu_pack.py",
+            "tests/small_models.py",
+            "tests/gpu/*.py",
+        )
+    )
 
 
 # The extension
@@ -270,7 +278,7 @@ def _no_linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 def _models(index: int, of: int) -> None:
     """Of tests/gpu/test_gpu_model.py and test_gpu_capture.py."""
-    sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+    sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "tests")]
     import test_gpu_capture
     import test_gpu_model
     import torch
@@ -282,16 +290,16 @@ def _models(index: int, of: int) -> None:
             model.eval().to(dtype)(torch.randn(2, 3, size, size, dtype=dtype))
 
     def train(dtype: Any) -> None:
-        wrapped = ik.IdleViTForTraining(test_gpu_model.tiny()).train()
+        wrapped = ik.IdleViTForTraining(test_gpu_model.idle_vit()).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss = test_gpu_model.loss_of(wrapped(torch.randn(2, 3, 64, 64)), torch.arange(2))
         loss.backward()
 
     jobs: list[Callable[[], None]] = [
-        *(lambda kwargs=kwargs, dtype=dtype: infer(test_gpu_model.tiny(**kwargs), dtype)
+        *(lambda kwargs=kwargs, dtype=dtype: infer(test_gpu_model.idle_vit(**kwargs), dtype)
           for kwargs in test_gpu_model.KINDS for dtype in (torch.float32, torch.float64)),
         *(lambda dtype=dtype: infer(test_gpu_capture.idle_vit(), dtype) for dtype in (torch.float32, torch.bfloat16)),
-        lambda: infer(test_gpu_model.tiny(img_size=224, embed_dim=384, num_heads=6), torch.float32, 224),
+        lambda: infer(test_gpu_model.idle_vit(img_size=224, embed_dim=384, num_heads=6), torch.float32, 224),
         lambda: train(torch.float32), lambda: train(torch.bfloat16),
     ]  # fmt: skip
     for job in jobs[index::of]:

@@ -38,7 +38,7 @@ import idlevit_kernels as ik
 from idlevit_kernels.block.latency import random_inputs
 from idlevit_kernels.block.timing import Timing, alternate
 from idlevit_kernels.measure import roofline
-from idlevit_kernels.measure.roofline import Shape
+from idlevit_kernels.measure.roofline import BlockSize
 from idlevit_kernels.ops import backends, testing
 from idlevit_kernels.schedule import num_kept
 
@@ -92,7 +92,7 @@ _MEASURED = 0.5
 
 
 def measure_cases(add: Add, seconds: float, cases: Sequence[Row], measure: Callable[..., Sequence[Row]]) -> None:
-    """Adds the rows of ``measure(seconds=..., **case)``, for as many cases as there is time; none is cut short.
+    """Adds the rows of ``measure(seconds=..., **case)``, for as many cases as there is time; none is stopped early.
 
     A case that fails is a row with its error. Raises in the end if any failed or was left out.
     """
@@ -359,7 +359,7 @@ def ceilings(add: Add, seconds: float, device: torch.device, megabytes: int = 20
         add({"ceiling": name} | timing_fields("call", timing) | ({unit: amount / timing.median} if unit else {}))
 
 
-DEIT_S_256 = Shape(256, 197, 138, 384, 6)
+DEIT_S_256 = BlockSize(256, 197, 138, 384, 6)
 
 
 def select_peer(x: Tensor, scores: Tensor, num_keep: int, norm: nn.LayerNorm) -> Tensor:
@@ -379,7 +379,7 @@ def ops(
     add: Add,
     seconds: float,
     device: torch.device,
-    shape: Shape = DEIT_S_256,
+    shape: BlockSize = DEIT_S_256,
     batches: Sequence[int] = (256, 1, 8),
 ) -> None:
     """Achieved GB/s of each op, on each backend, beside a copy on the device in the same run.
@@ -747,7 +747,7 @@ STEPS: dict[str, Plan] = {
     "training": _plan(60, training),
 }
 
-_TINY = Shape(2, 17, 9, 32, 2, torch.float32)
+_TINY = BlockSize(2, 17, 9, 32, 2, torch.float32)
 _SMALL_CASES = [case for case in testing.CASES if case.C < 100 and case.dtype in (torch.float32, torch.bfloat16)]
 _TINY_MODEL: Row = {
     "name": "vit_tiny_patch16_224",

@@ -1,4 +1,4 @@
-"""One idle block of DeiT-S over timm's dense block on all tokens and, the floor, on only the kept ones."""
+"""One idle block of DeiT-S over timm's dense block on all tokens and on only the kept ones."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "tokens.h"
@@ -13,153 +15,241 @@ using idlevit::DType;
 using idlevit::int64_t;
 using idlevit::Norm;
 using idlevit::Shape;
+using idlevit::Status;
 using idlevit::Tokens;
 using Address = std::uintptr_t;
 
 namespace {
 
-void* at(Address address) { return reinterpret_cast<void*>(address); }
+// What a call is about: the type and the sizes of its tensors.
+struct Problem {
+    DType dtype;
+    Shape shape;
+};
 
-// The address of a tensor that is there. One whose memory was freed (a storage resized to 0, as FSDP does) has an address
-// near 0; it must not be read, nor taken for a tensor that is left out.
-void* required(Address address, int64_t elements, const char* name) {
+// A parameter of a kernel, made of what Python passes for it: an address for a pointer, the numbers one after the other
+// for a structure. Python objects that hold them would cost more than a small kernel.
+template <typename T>
+struct Flat {
+    static T make(T value) { return value; }
+};
+template <typename T>
+struct Flat<T*> {
+    static T* make(Address address) { return reinterpret_cast<T*>(address); }
+};
+template <>
+struct Flat<Problem> {
+    static Problem make(int dtype, int64_t B, int64_t T, int64_t n, int64_t C) {
+        return {static_cast<DType>(dtype), {B, T, n, C}};
+    }
+};
+template <>
+struct Flat<Tokens> {
+    static Tokens make(Address x, int64_t batch_stride, int64_t token_stride) {
+        return {reinterpret_cast<const void*>(x), batch_stride, token_stride};
+    }
+};
+template <>
+struct Flat<Norm> {
+    static Norm make(Address weight, Address bias, double eps) {
+        return {reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias), eps};
+    }
+};
+template <>
+struct Flat<Branch> {
+    static Branch make(Address branch, Address gamma, double scale) {
+        return {reinterpret_cast<const void*>(branch), reinterpret_cast<const void*>(gamma), scale};
+    }
+};
+
+template <typename R, typename... Values>
+std::tuple<Values...> values_of(R (*)(Values...));
+template <typename T>
+using values_t = decltype(values_of(&Flat<T>::make));
+
+template <typename T, std::size_t first, typename All, std::size_t... i>
+T make(const All& all, std::index_sequence<i...>) {
+    return Flat<T>::make(std::get<first + i>(all)...);
+}
+
+// How many values the parameters before the j-th one take.
+template <typename... Parameters>
+constexpr std::size_t values_before(std::size_t j) {
+    const std::size_t counts[] = {std::tuple_size_v<values_t<Parameters>>...};
+    std::size_t sum = 0;
+    for (std::size_t i = 0; i < j; ++i) sum += counts[i];
+    return sum;
+}
+
+template <auto function, typename R, typename... Parameters, typename All, std::size_t... j>
+R call(R (*)(Parameters...), const All& all, std::index_sequence<j...>) {
+    return function(make<Parameters, values_before<Parameters...>(j)>(
+        all, std::make_index_sequence<std::tuple_size_v<values_t<Parameters>>>{})...);
+}
+
+template <auto function, typename R, typename... Parameters, typename... Values>
+auto flat(R (*)(Parameters...), std::tuple<Values...>) {
+    return +[](Values... values) -> R {
+        return call<function>(function, std::make_tuple(values...), std::index_sequence_for<Parameters...>{});
+    };
+}
+
+template <typename R, typename... Parameters>
+auto all_values_of(R (*)(Parameters...)) -> decltype(std::tuple_cat(std::declval<values_t<Parameters>>()...));
+
+// `function` with the parameters of each structure spelled out.
+template <auto function>
+auto flat() {
+    return flat<function>(function, decltype(all_values_of(function)){});
+}
+
+// Refuses a tensor without memory where one must be. One whose memory was freed (a storage resized to 0, as FSDP does)
+// has an address near 0; it must not be read, nor taken for a tensor that is left out.
+void require(const void* data, int64_t elements, const char* name) {
     constexpr Address kNeverMapped = 4096;
-    if (address < kNeverMapped && elements > 0)
+    if (reinterpret_cast<Address>(data) < kNeverMapped && elements > 0)
         throw py::value_error(std::string(name) + " must be a tensor with memory, got one whose storage was freed");
-    return at(address);
 }
 
-const int64_t* indices_at(Address address, int64_t elements) {
-    return static_cast<const int64_t*>(required(address, elements, "indices"));
-}
-int64_t* indices_out(Address address) { return static_cast<int64_t*>(at(address)); }
+int64_t all_elements(const Shape& s) { return s.B * s.T * s.C; }
+int64_t kept_elements(const Shape& s) { return s.B * s.n * s.C; }
 
-// A strided [B, T, C] tensor: address, batch stride, token stride.
-#define TOKENS Address x, int64_t x_batch, int64_t x_token
-#define SHAPE int dtype, int64_t B, int64_t T, int64_t n, int64_t C
-#define NORM Address weight, Address bias, double eps
-#define BRANCH Address branch, Address gamma, double scale
-
-Shape shape(int64_t B, int64_t T, int64_t n, int64_t C) { return {B, T, n, C}; }
-
-template <typename... Args>
-int run(idlevit::Status (*kernel)(Args...), Args... args) {
+template <typename... Parameters, typename... Arguments>
+int run(Status (*kernel)(DType, Shape, Parameters...), const Problem& p, Arguments... arguments) {
     py::gil_scoped_release release;
-    return static_cast<int>(kernel(args...));
+    return static_cast<int>(kernel(p.dtype, p.shape, arguments...));
 }
 
-int cpu_cls_direction(SHAPE, TOKENS, NORM, Address qkv_weight, Address qkv_bias, int64_t width, Address query,
-                      Address direction, int threads) {
-    return run<DType, Shape, Tokens, Norm, const void*, const void*, int64_t, void*, void*, int>(
-        idlevit::cpu::kernels().cls_direction, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, Norm{at(weight), at(bias), eps}, required(qkv_weight, width * C, "qkv_weight"), at(qkv_bias), width,
-        at(query), at(direction), threads);
+int cpu_cls_direction(Problem p, Tokens x, Norm norm, const void* qkv_weight, const void* qkv_bias, int64_t width,
+                      void* query, void* direction, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(qkv_weight, width * p.shape.C, "qkv_weight");
+    return run(idlevit::cpu::kernels().cls_direction, p, x, norm, qkv_weight, qkv_bias, width, query, direction,
+               threads);
 }
 
-int cpu_token_scores(SHAPE, TOKENS, Address direction, NORM, Address scores, int threads) {
-    return run<DType, Shape, Tokens, const void*, Norm, void*, int>(
-        idlevit::cpu::kernels().token_scores, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(direction, B * C, "direction"), Norm{at(weight), at(bias), eps}, at(scores), threads);
+int cpu_token_scores(Problem p, Tokens x, const void* direction, Norm norm, void* scores, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(direction, p.shape.B * p.shape.C, "direction");
+    return run(idlevit::cpu::kernels().token_scores, p, x, direction, norm, scores, threads);
 }
 
-int cpu_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, int threads) {
-    return run<DType, Shape, int64_t, const void*, int64_t*, int>(
-        idlevit::cpu::kernels().select_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix, required(scores, B * T, "scores"),
-        indices_out(indices), threads);
+int cpu_select_tokens(Problem p, int64_t prefix, const void* scores, int64_t* indices, int threads) {
+    require(scores, p.shape.B * p.shape.T, "scores");
+    return run(idlevit::cpu::kernels().select_tokens, p, prefix, scores, indices, threads);
 }
 
-int cpu_select_gather_norm(SHAPE, int64_t prefix, TOKENS, Address scores, NORM, Address indices, Address normed,
-                           int threads) {
-    return run<DType, Shape, int64_t, Tokens, const void*, Norm, int64_t*, void*, int>(
-        idlevit::cpu::kernels().select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(scores, B * T, "scores"), Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
-        threads);
+int cpu_select_gather_norm(Problem p, int64_t prefix, Tokens x, const void* scores, Norm norm, int64_t* indices,
+                           void* normed, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(scores, p.shape.B * p.shape.T, "scores");
+    return run(idlevit::cpu::kernels().select_gather_norm, p, prefix, x, scores, norm, indices, normed, threads);
 }
 
-int cpu_cls_select_gather_norm(SHAPE, int64_t prefix, TOKENS, NORM, Address qkv_weight, Address qkv_bias, int64_t width,
-                               Address workspace, Address indices, Address normed, int threads) {
-    return run<DType, Shape, int64_t, Tokens, Norm, const void*, const void*, int64_t, void*, int64_t*, void*, int>(
-        idlevit::cpu::kernels().cls_select_gather_norm, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, Norm{at(weight), at(bias), eps}, required(qkv_weight, width * C, "qkv_weight"), at(qkv_bias), width,
-        at(workspace), indices_out(indices), at(normed), threads);
+int cpu_cls_select_gather_norm(Problem p, int64_t prefix, Tokens x, Norm norm, const void* qkv_weight,
+                               const void* qkv_bias, int64_t width, void* workspace, int64_t* indices, void* normed,
+                               int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(qkv_weight, width * p.shape.C, "qkv_weight");
+    return run(idlevit::cpu::kernels().cls_select_gather_norm, p, prefix, x, norm, qkv_weight, qkv_bias, width,
+               workspace, indices, normed, threads);
 }
 
-int cpu_gather_tokens(SHAPE, TOKENS, Address indices, Address out, int threads) {
-    return run<DType, Shape, Tokens, const int64_t*, void*, int>(
-        idlevit::cpu::kernels().gather_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n), at(out), threads);
+int cpu_gather_tokens(Problem p, Tokens x, const int64_t* indices, void* out, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(indices, p.shape.B * p.shape.n, "indices");
+    return run(idlevit::cpu::kernels().gather_tokens, p, x, indices, out, threads);
 }
 
-int cpu_gather_add_norm(SHAPE, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed, int threads) {
-    return run<DType, Shape, Tokens, const int64_t*, Branch, Norm, void*, void*, int>(
-        idlevit::cpu::kernels().gather_add_norm, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n), Branch{required(branch, B * n * C, "branch"), at(gamma), scale},
-        Norm{at(weight), at(bias), eps}, at(tokens), at(normed), threads);
+int cpu_gather_add_norm(Problem p, Tokens x, const int64_t* indices, Branch branch, Norm norm, void* tokens,
+                        void* normed, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(indices, p.shape.B * p.shape.n, "indices");
+    require(branch.data, kept_elements(p.shape), "branch");
+    return run(idlevit::cpu::kernels().gather_add_norm, p, x, indices, branch, norm, tokens, normed, threads);
 }
 
-int cpu_scatter_tokens(SHAPE, TOKENS, Address indices, Address tokens, BRANCH, Address out, int64_t out_batch,
-                       int64_t out_token, int threads) {
-    return run<DType, Shape, Tokens, const int64_t*, const void*, Branch, void*, int64_t, int64_t, int>(
-        idlevit::cpu::kernels().scatter_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
-        Tokens{at(x), x_batch, x_token}, indices_at(indices, B * n), required(tokens, B * n * C, "tokens"), Branch{at(branch), at(gamma), scale}, required(out, B * T * C, "x"),
-        out_batch, out_token, threads);
+int cpu_scatter_tokens(Problem p, Tokens x, const int64_t* indices, const void* tokens, Branch branch, void* out,
+                       int64_t out_batch, int64_t out_token, int threads) {
+    require(indices, p.shape.B * p.shape.n, "indices");
+    require(tokens, kept_elements(p.shape), "tokens");
+    require(out, all_elements(p.shape), "x");
+    return run(idlevit::cpu::kernels().scatter_tokens, p, x, indices, tokens, branch, out, out_batch, out_token,
+               threads);
 }
 
 #if defined(IDLEVIT_WITH_CUDA)
 
 // Each returns None, or the message of the error.
-#define TYPES int dtype, int parameters, int64_t B, int64_t T, int64_t n, int64_t C
-#define LAUNCH int device, Address stream
-
 using idlevit::cuda::Launch;
 
-const char* cuda_token_scores(TYPES, TOKENS, Address direction, NORM, Address scores, LAUNCH) {
+// A problem whose parameters (norms, gamma, direction) have a type of their own.
+struct MixedProblem {
+    DType dtype, parameters;
+    Shape shape;
+};
+template <>
+struct Flat<MixedProblem> {
+    static MixedProblem make(int dtype, int parameters, int64_t B, int64_t T, int64_t n, int64_t C) {
+        return {static_cast<DType>(dtype), static_cast<DType>(parameters), {B, T, n, C}};
+    }
+};
+template <>
+struct Flat<Launch> {
+    static Launch make(int device, Address stream) { return {device, stream}; }
+};
+
+template <typename... Parameters, typename... Arguments>
+const char* launch(const char* (*kernel)(DType, Shape, Parameters...), const Problem& p, Arguments... arguments) {
     py::gil_scoped_release release;
-    return idlevit::cuda::token_scores(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
-                                       Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(direction, B * C, "direction"),
-                                       Norm{at(weight), at(bias), eps}, at(scores), Launch{device, stream});
+    return kernel(p.dtype, p.shape, arguments...);
+}
+template <typename... Parameters, typename... Arguments>
+const char* launch(const char* (*kernel)(DType, DType, Shape, Parameters...), const MixedProblem& p,
+                   Arguments... arguments) {
+    py::gil_scoped_release release;
+    return kernel(p.dtype, p.parameters, p.shape, arguments...);
 }
 
-const char* cuda_select_tokens(SHAPE, int64_t prefix, Address scores, Address indices, LAUNCH) {
-    py::gil_scoped_release release;
-    return idlevit::cuda::select_tokens(static_cast<DType>(dtype), shape(B, T, n, C), prefix, required(scores, B * T, "scores"),
-                                        indices_out(indices), Launch{device, stream});
+const char* cuda_token_scores(MixedProblem p, Tokens x, const void* direction, Norm norm, void* scores, Launch to) {
+    require(x.data, all_elements(p.shape), "x");
+    require(direction, p.shape.B * p.shape.C, "direction");
+    return launch(idlevit::cuda::token_scores, p, x, direction, norm, scores, to);
 }
 
-const char* cuda_select_gather_norm(TYPES, int64_t prefix, TOKENS, Address scores, NORM, Address indices,
-                                    Address normed, LAUNCH) {
-    py::gil_scoped_release release;
-    return idlevit::cuda::select_gather_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
-                                             shape(B, T, n, C), prefix, Tokens{required(x, B * T * C, "x"), x_batch, x_token}, required(scores, B * T, "scores"),
-                                             Norm{at(weight), at(bias), eps}, indices_out(indices), at(normed),
-                                             Launch{device, stream});
+const char* cuda_select_tokens(Problem p, int64_t prefix, const void* scores, int64_t* indices, Launch to) {
+    require(scores, p.shape.B * p.shape.T, "scores");
+    return launch(idlevit::cuda::select_tokens, p, prefix, scores, indices, to);
 }
 
-const char* cuda_gather_tokens(SHAPE, TOKENS, Address indices, Address out, LAUNCH) {
-    py::gil_scoped_release release;
-    return idlevit::cuda::gather_tokens(static_cast<DType>(dtype), shape(B, T, n, C), Tokens{required(x, B * T * C, "x"), x_batch, x_token},
-                                        indices_at(indices, B * n), at(out), Launch{device, stream});
+const char* cuda_select_gather_norm(MixedProblem p, int64_t prefix, Tokens x, const void* scores, Norm norm,
+                                    int64_t* indices, void* normed, Launch to) {
+    require(x.data, all_elements(p.shape), "x");
+    require(scores, p.shape.B * p.shape.T, "scores");
+    return launch(idlevit::cuda::select_gather_norm, p, prefix, x, scores, norm, indices, normed, to);
 }
 
-const char* cuda_gather_add_norm(TYPES, TOKENS, Address indices, BRANCH, NORM, Address tokens, Address normed,
-                                 LAUNCH) {
-    py::gil_scoped_release release;
-    return idlevit::cuda::gather_add_norm(static_cast<DType>(dtype), static_cast<DType>(parameters),
-                                          shape(B, T, n, C), Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(indices, B * n),
-                                          Branch{required(branch, B * n * C, "branch"), at(gamma), scale}, Norm{at(weight), at(bias), eps},
-                                          at(tokens), at(normed), Launch{device, stream});
+const char* cuda_gather_tokens(Problem p, Tokens x, const int64_t* indices, void* out, Launch to) {
+    require(x.data, all_elements(p.shape), "x");
+    require(indices, p.shape.B * p.shape.n, "indices");
+    return launch(idlevit::cuda::gather_tokens, p, x, indices, out, to);
 }
 
-const char* cuda_scatter_tokens(TYPES, TOKENS, Address indices, Address tokens, BRANCH, Address out, int64_t out_batch,
-                                int64_t out_token, LAUNCH) {
-    py::gil_scoped_release release;
-    return idlevit::cuda::scatter_tokens(static_cast<DType>(dtype), static_cast<DType>(parameters), shape(B, T, n, C),
-                                         Tokens{at(x), x_batch, x_token}, indices_at(indices, B * n), required(tokens, B * n * C, "tokens"),
-                                         Branch{at(branch), at(gamma), scale}, required(out, B * T * C, "x"), out_batch, out_token,
-                                         Launch{device, stream});
+const char* cuda_gather_add_norm(MixedProblem p, Tokens x, const int64_t* indices, Branch branch, Norm norm,
+                                 void* tokens, void* normed, Launch to) {
+    require(x.data, all_elements(p.shape), "x");
+    require(indices, p.shape.B * p.shape.n, "indices");
+    require(branch.data, kept_elements(p.shape), "branch");
+    return launch(idlevit::cuda::gather_add_norm, p, x, indices, branch, norm, tokens, normed, to);
 }
 
-const char* cuda_unusable(int device) { return idlevit::cuda::unusable(device); }
+const char* cuda_scatter_tokens(MixedProblem p, Tokens x, const int64_t* indices, const void* tokens, Branch branch,
+                                void* out, int64_t out_batch, int64_t out_token, Launch to) {
+    require(indices, p.shape.B * p.shape.n, "indices");
+    require(tokens, kept_elements(p.shape), "tokens");
+    require(out, all_elements(p.shape), "x");
+    return launch(idlevit::cuda::scatter_tokens, p, x, indices, tokens, branch, out, out_batch, out_token, to);
+}
 
 #endif  // IDLEVIT_WITH_CUDA
 
@@ -206,14 +296,14 @@ void cpu_set_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
     m.def("unchanged", &unchanged);
     m.attr("MAX_CHANNELS") = idlevit::kMaxChannels;
-    m.def("cpu_cls_direction", &cpu_cls_direction);
-    m.def("cpu_token_scores", &cpu_token_scores);
-    m.def("cpu_select_tokens", &cpu_select_tokens);
-    m.def("cpu_select_gather_norm", &cpu_select_gather_norm);
-    m.def("cpu_cls_select_gather_norm", &cpu_cls_select_gather_norm);
-    m.def("cpu_gather_tokens", &cpu_gather_tokens);
-    m.def("cpu_gather_add_norm", &cpu_gather_add_norm);
-    m.def("cpu_scatter_tokens", &cpu_scatter_tokens);
+    m.def("cpu_cls_direction", flat<&cpu_cls_direction>());
+    m.def("cpu_token_scores", flat<&cpu_token_scores>());
+    m.def("cpu_select_tokens", flat<&cpu_select_tokens>());
+    m.def("cpu_select_gather_norm", flat<&cpu_select_gather_norm>());
+    m.def("cpu_cls_select_gather_norm", flat<&cpu_cls_select_gather_norm>());
+    m.def("cpu_gather_tokens", flat<&cpu_gather_tokens>());
+    m.def("cpu_gather_add_norm", flat<&cpu_gather_add_norm>());
+    m.def("cpu_scatter_tokens", flat<&cpu_scatter_tokens>());
     m.def("cpu_instruction_sets", &cpu_instruction_sets);
     m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
 #if defined(__x86_64__)
@@ -225,13 +315,13 @@ PYBIND11_MODULE(_C, m) {
 #if defined(IDLEVIT_WITH_CUDA)
     m.attr("cuda_built") = true;
     m.attr("CUDA_MAX_CHANNELS") = idlevit::cuda::kMaxChannels;
-    m.def("cuda_token_scores", &cuda_token_scores);
-    m.def("cuda_select_tokens", &cuda_select_tokens);
-    m.def("cuda_select_gather_norm", &cuda_select_gather_norm);
-    m.def("cuda_gather_tokens", &cuda_gather_tokens);
-    m.def("cuda_gather_add_norm", &cuda_gather_add_norm);
-    m.def("cuda_scatter_tokens", &cuda_scatter_tokens);
-    m.def("cuda_unusable", &cuda_unusable);
+    m.def("cuda_token_scores", flat<&cuda_token_scores>());
+    m.def("cuda_select_tokens", flat<&cuda_select_tokens>());
+    m.def("cuda_select_gather_norm", flat<&cuda_select_gather_norm>());
+    m.def("cuda_gather_tokens", flat<&cuda_gather_tokens>());
+    m.def("cuda_gather_add_norm", flat<&cuda_gather_add_norm>());
+    m.def("cuda_scatter_tokens", flat<&cuda_scatter_tokens>());
+    m.def("cuda_unusable", &idlevit::cuda::unusable);
 #else
     m.attr("cuda_built") = false;
 #endif

@@ -15,6 +15,18 @@ using std::int64_t;
 
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
+// The accumulate type of the type of a token.
+template <typename T>
+struct Accumulate {
+    using type = float;
+};
+template <>
+struct Accumulate<double> {
+    using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulate<T>::type;
+
 enum class Status : int {
     ok = 0,
     bad_indices = 1,  // an index is outside [0, T), or the indices of an image are not strictly ascending
@@ -58,8 +70,8 @@ struct Kernels {
     // direction[b] = W_k^T (W_q LN(x[b, 0]) + b_q), [B, C], with W_q and W_k the first two blocks of `width` rows of
     // qkv_weight [3 * width, C] and b_q the first of qkv_bias (or null). f32 and f64 only, C <= kMaxChannels;
     // query [B, width] receives W_q LN(x[b, 0]) + b_q.
-    Status (*cls_direction)(DType dtype, Shape shape, Tokens x, Norm norm, const void* qkv_weight,
-                            const void* qkv_bias, int64_t width, void* query, void* direction, int threads);
+    Status (*cls_direction)(DType dtype, Shape shape, Tokens x, Norm norm, const void* qkv_weight, const void* qkv_bias,
+                            int64_t width, void* query, void* direction, int threads);
 
     // scores[b, t] = LN(x[b, t]) . direction[b];  direction: [B, C], scores: [B, T], both accumulate type.
     Status (*token_scores)(DType dtype, Shape shape, Tokens x, const void* direction, Norm norm, void* scores,
@@ -92,8 +104,7 @@ struct Kernels {
     // is the row of x, or zero where x.data is null, or left alone where x.data is out. out: [B, T, C] with
     // strides (out_batch_stride, out_token_stride, 1). Nothing is written when the indices are bad.
     Status (*scatter_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* indices, const void* tokens,
-                             Branch branch, void* out, int64_t out_batch_stride, int64_t out_token_stride,
-                             int threads);
+                             Branch branch, void* out, int64_t out_batch_stride, int64_t out_token_stride, int threads);
 };
 
 // The best table this processor runs, or the one set_instruction_set chose.
@@ -127,13 +138,13 @@ const char* token_scores(DType dtype, DType parameters, Shape shape, Tokens x, c
 const char* select_tokens(DType dtype, Shape shape, int64_t prefix, const void* scores, int64_t* indices,
                           Launch launch);
 
-const char* select_gather_norm(DType dtype, DType parameters, Shape shape, int64_t prefix, Tokens x,
-                               const void* scores, Norm norm, int64_t* indices, void* normed, Launch launch);
+const char* select_gather_norm(DType dtype, DType parameters, Shape shape, int64_t prefix, Tokens x, const void* scores,
+                               Norm norm, int64_t* indices, void* normed, Launch launch);
 
 const char* gather_tokens(DType dtype, Shape shape, Tokens x, const int64_t* indices, void* out, Launch launch);
 
-const char* gather_add_norm(DType dtype, DType parameters, Shape shape, Tokens x, const int64_t* indices,
-                            Branch branch, Norm norm, void* tokens, void* normed, Launch launch);
+const char* gather_add_norm(DType dtype, DType parameters, Shape shape, Tokens x, const int64_t* indices, Branch branch,
+                            Norm norm, void* tokens, void* normed, Launch launch);
 
 const char* scatter_tokens(DType dtype, DType parameters, Shape shape, Tokens x, const int64_t* indices,
                            const void* tokens, Branch branch, void* out, int64_t out_batch_stride,

@@ -60,7 +60,7 @@ def pictures(train: bool) -> list[list[np.ndarray]]:
     return [[p / 255 for p in source] for source in (photographs, *([texture] for texture in textures))]
 
 
-def cut(kind: int, size: int, train: bool, random: np.random.Generator) -> np.ndarray:
+def square(kind: int, size: int, train: bool, random: np.random.Generator) -> np.ndarray:
     """A square [size, size, 3] of a picture of that class, turned and mirrored, of random contrast and colour."""
     sources = pictures(train)[kind]
     picture = sources[random.integers(len(sources))]
@@ -90,10 +90,10 @@ def scenes(count: int, size: int, train: bool, seed: int) -> tuple[Tensor, Tenso
     random = np.random.default_rng(seed)
     images, classes = np.empty((count, size, size, 3), np.float32), np.zeros((count, size, size), np.int64)
     for image, labels in zip(images, classes, strict=True):
-        image[:] = cut(0, size, train, random)
+        image[:] = square(0, size, train, random)
         for kind in random.integers(1, len(CLASSES), size=random.integers(1, 5)):
             inside = outline(size, random)
-            image[inside] = cut(kind, size, train, random)[inside]
+            image[inside] = square(kind, size, train, random)[inside]
             labels[inside] = kind
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1, torch.from_numpy(classes)
 

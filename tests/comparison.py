@@ -18,26 +18,26 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.cat(result) if isinstance(result, tuple) else result
 
 
-def gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor | None]:
-    """Of every parameter, for a loss in which each output has its own weight."""
+def gradients(model: nn.Module, *outputs: Tensor) -> dict[str, Tensor | None]:
+    """Of every parameter, for a loss in which each element of the outputs that have a gradient has its own weight."""
     model.zero_grad()
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)).sum().backward()
+    weights = (torch.linspace(-1, 1, t.numel(), dtype=t.dtype).reshape(t.shape) for t in outputs)
+    sum((t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_equal(found: Tensor, wanted: Tensor, what: str) -> None:
-    limit = 1e-10 * max(1.0, float(wanted.detach().abs().max()))
+def assert_equal(found: Tensor, wanted: Tensor, what: str, limit: float = 1e-10) -> None:
     error = float((found - wanted).detach().abs().max())
-    assert error <= limit, f"{what}: {error:.1e}"
+    assert error <= limit * max(1.0, float(wanted.detach().abs().max())), f"{what}: {error:.1e}"
 
 
-def assert_equal_gradients(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+def assert_all_equal(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None], limit: float = 1e-10) -> None:
     assert found.keys() == wanted.keys()
-    for name, grad in wanted.items():
+    for name, value in wanted.items():
         other = found[name]
-        assert (grad is None) == (other is None), name
-        if grad is not None and other is not None:
-            assert_equal(other, grad, f"gradient of {name}")
+        assert (value is None) == (other is None), name
+        if value is not None and other is not None:
+            assert_equal(other, value, name, limit)
 
 
 def check_masked_form(
@@ -61,7 +61,7 @@ def check_masked_form(
                 with torch.no_grad():
                     torch.manual_seed(1)
                     assert_equal(outputs(model(image)), wanted, f"logits without gradients on {backend}")
-            assert_equal_gradients(found_gradients, wanted_gradients)
+            assert_all_equal(found_gradients, wanted_gradients)
         ik.remove_idle(model)
 
 
@@ -99,11 +99,3 @@ def check_there_and_back(
     assert torch.equal(other(image), idle)
     model.load_state_dict(other.state_dict(), strict=True)  # and back
     assert blocks_of(model) == blocks and torch.equal(model(image), dense)
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """Fresh weights are so small that a wrong branch would hardly show."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.dim() == 1 else 0.02)
-    return model

@@ -36,6 +36,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32 on GPUs, too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def keep_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield

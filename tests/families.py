@@ -7,6 +7,7 @@ from collections.abc import Callable
 import timm
 import torch
 import transformers
+from small_models import noisy
 from torch import Tensor, nn
 
 _HF = {
@@ -40,10 +41,7 @@ SEQUENCES = [name for name in MAKE if name not in ("Swin", "Swin V2", "Twins")]
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = MAKE[name]()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    return model.eval()
+    return noisy(model, 0.1, 0.1).eval()
 
 
 def image_for(name: str, batch: int = 2) -> Tensor:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm.layers
 import torch
+from small_models import noisy
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -91,10 +92,7 @@ def make_block(
     block = Block(width, heads, **kwargs)
     if gated:  # Block has no argument for it
         block.attn = timm.layers.Attention(width, heads, gated=True)
-    with torch.no_grad():
-        for p in block.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
-    return block.to(dtype)
+    return noisy(block, 0.2, 0.05).to(dtype)
 
 
 def tokens(B: int = 3, T: int = 20, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-import timm
 import torch
+from small_models import tiny
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
@@ -16,10 +16,8 @@ from idlevit_kernels.deploy import cuda_graph
 from idlevit_kernels.deploy.cuda_graph import check_like, copy_tensors
 
 
-def idle_vit(**kwargs) -> nn.Module:
-    options = {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 10, **kwargs}
-    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
-    return ik.apply_idle(model, schedule=[1.0, 0.5, 0.5, 0.5])
+def idle_vit() -> nn.Module:
+    return ik.apply_idle(tiny(), schedule=[1.0, 0.5, 0.5, 0.5])
 
 
 class Outputs(nn.Module):

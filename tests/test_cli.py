@@ -99,12 +99,12 @@ def test_bench_writes_consistent_figures(tmp_path, keep_threads):
     assert [(row["batch"], row["keep_ratio"]) for row in rows] == [(2, None), (2, 0.7), (1, None), (1, 0.7)]
     dense = {row["batch"]: row for row in rows if row["keep_ratio"] is None}
     for row in rows:
-        floor = dense[row["batch"]]
+        baseline = dense[row["batch"]]
         assert row["samples"] >= 3
         assert row["p20"] <= row["images_per_second"] <= row["p80"]
-        assert row["speedup"] == pytest.approx(row["images_per_second"] / floor["images_per_second"])
+        assert row["speedup"] == pytest.approx(row["images_per_second"] / baseline["images_per_second"])
         assert row["speedup_compiled"] is None
-        assert row["mac_bound"] == pytest.approx(floor["macs"] / row["macs"])
+        assert row["mac_bound"] == pytest.approx(baseline["macs"] / row["macs"])
         assert row["share_of_bound"] == pytest.approx(row["speedup"] / row["mac_bound"])
         assert f"{row['images_per_second']:.1f}" in text or row["images_per_second"] >= 1000
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from small_models import tiny
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -25,10 +26,8 @@ def _no_grad() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def tiny(depth: int = 4, **kwargs) -> nn.Module:
-    options = {"img_size": 64, "depth": depth, "embed_dim": 64, "num_heads": 2, "num_classes": 10, **kwargs}
-    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
-    return ik.apply_idle(model, schedule=[1.0, *[0.5] * (depth - 1)])
+def idle(depth: int = 4, **kwargs) -> nn.Module:
+    return ik.apply_idle(tiny(depth=depth, **kwargs), schedule=[1.0, *[0.5] * (depth - 1)])
 
 
 def deit_small(**kwargs) -> nn.Module:
@@ -59,7 +58,7 @@ def test_deit_small_under_dynamic_compile() -> None:
     ids=str,
 )
 def test_dynamic_compile_of_other_kinds(compiler: str, kwargs: dict) -> None:
-    model = tiny(depth=2, dynamic_img_size=True, **kwargs)
+    model = idle(depth=2, dynamic_img_size=True, **kwargs)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=compiler)
     for shape in ((2, 64, 64), (3, 64, 64), (2, 96, 64)):
         image = images(*shape)
@@ -68,7 +67,7 @@ def test_dynamic_compile_of_other_kinds(compiler: str, kwargs: dict) -> None:
 
 @pytest.mark.full
 def test_gradients_under_dynamic_compile() -> None:
-    model = tiny(depth=2).train()
+    model = idle(depth=2).train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.enable_grad():
         for batch in (2, 3):
@@ -97,7 +96,7 @@ def test_export_of_deit_small(dynamic: bool) -> None:
 
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
 def test_export_of_other_kinds(kwargs: dict) -> None:
-    model = tiny(**kwargs)
+    model = idle(**kwargs)
     program = torch.export.export(model, (images(2),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
     for batch in (1, 2, 7):
         image = images(batch)
@@ -105,7 +104,7 @@ def test_export_of_other_kinds(kwargs: dict) -> None:
 
 
 def test_export_with_dynamic_image_size() -> None:
-    model = tiny(dynamic_img_size=True)
+    model = idle(dynamic_img_size=True)
     rows, columns = Dim("rows", min=2, max=16), Dim("columns", min=2, max=16)
     shapes = ({0: Dim("batch", min=1, max=64), 2: 16 * rows, 3: 16 * columns},)
     program = torch.export.export(model, (images(2, 64, 96),), dynamic_shapes=shapes)
@@ -116,7 +115,7 @@ def test_export_with_dynamic_image_size() -> None:
 
 
 def test_an_exported_program_is_saved_and_loaded(tmp_path: Path) -> None:
-    model, image = tiny(), images(2)
+    model, image = idle(), images(2)
     program = torch.export.export(model, (image,))
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2")
@@ -126,7 +125,7 @@ def test_an_exported_program_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_export_records_the_backend_asked_for() -> None:
     """ "auto" unless the program is exported under ``use_backend``: then it runs where that backend does."""
-    model, image = tiny(), images(2)
+    model, image = idle(), images(2)
 
     def backends(program: torch.export.ExportedProgram) -> set[str]:
         return {n.kwargs.get("backend", "auto") for n in program.graph.nodes if str(n.target).startswith("idlevit.")}
@@ -141,7 +140,7 @@ def test_export_records_the_backend_asked_for() -> None:
 @pytest.mark.full
 def test_aot_inductor_package(tmp_path: Path) -> None:
     """The package calls the ops through their registration, so idlevit_kernels must be imported where it is loaded."""
-    model = tiny(depth=2)
+    model = idle(depth=2)
     program = torch.export.export(model, (images(2),), dynamic_shapes=({0: Dim("batch", min=1, max=64)},))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     packaged = torch._inductor.aoti_load_package(path)

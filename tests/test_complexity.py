@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from small_models import SMALL, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import idlevit_kernels as ik
@@ -33,10 +34,6 @@ def test_table(name: str, on_meta: None) -> None:
         assert ik.count_macs(model).total / 1e9 == pytest.approx(wanted, rel=5e-3)
         if ratio is not None:
             ik.remove_idle(model)
-
-
-def tiny(**kwargs):
-    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=10, **kwargs).eval()
 
 
 def counted(model: torch.nn.Module, image: torch.Tensor) -> int:
@@ -76,7 +73,7 @@ def test_direction_saves_the_keys_of_idle_tokens() -> None:
     dense = ik.count_macs(model, (3, 64, 64))
     ik.apply_idle(model, schedule=[1.0, 1.0, 1.0, 0.5])
     idle = ik.count_macs(model, (3, 64, 64))
-    C, T, n = 192, 17, 9
+    C, T, n = SMALL["embed_dim"], 17, 9
     linear = n * 12 * C * C + 2 * C * C  # the block's linear layers, and two products for the direction
     attention = 2 * n * n * C
     assert idle.per_layer["blocks.3"] == pytest.approx(linear + attention + T * C, abs=T * C)

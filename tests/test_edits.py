@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from hypothesis import HealthCheck, given, settings
+from small_models import noisy
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
@@ -32,10 +33,7 @@ def make() -> nn.Module:
         "vit_tiny_patch16_224", img_size=16, patch_size=4, depth=DEPTH, embed_dim=C, num_heads=2, num_classes=3,
         init_values=0.5, drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1,
     ).double().eval()  # fmt: skip
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2)
-    return model
+    return noisy(model, 0.2, 0.2)
 
 
 def plain_block(x: Tensor, block: Any) -> Tensor:

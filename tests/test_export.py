@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch._inductor.config
+from small_models import noisy, tiny
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,14 +21,11 @@ from idlevit_kernels.models import lvvit  # noqa: F401  registers its names with
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = (3, 64, 64)
-SMALL = {"img_size": 64, "depth": 3, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
 
 
-def tiny(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
+def idle(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
     """Weights large enough that no two tokens score alike; not a parameter is 0 or 1."""
-    model = timm.create_model(name, **SMALL | options).eval().requires_grad_(False)
-    for p in model.parameters():
-        p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
+    model = noisy(tiny(name, **{"depth": 3} | options), 0.2, 0.05).requires_grad_(False)
     return ik.apply_idle(model, schedule=[1.0, *[0.5] * (len(model.blocks) - 1)])
 
 
@@ -44,7 +42,7 @@ KINDS = {
     [pytest.param(kind, marks=[] if i < 2 else pytest.mark.full) for i, kind in enumerate(KINDS)],
 )
 def test_onnx_gives_the_logits_with_standard_operators(tmp_path: Path, kind: str) -> None:
-    model = tiny(**KINDS[kind])
+    model = idle(**KINDS[kind])
     path = export_model(model, tmp_path / "model.onnx", "onnx", SIZE)
     program = onnx.load(path)
     onnx.checker.check_model(program)
@@ -72,7 +70,7 @@ def test_every_forward_op_has_its_standard_operators() -> None:
 
 
 def test_torch_export_keeps_the_ops(tmp_path: Path) -> None:
-    model = tiny()
+    model = idle()
     path = export_model(model, tmp_path / "model.pt2", "torch-export", SIZE)
     names = {str(node.target) for node in torch.export.load(path).graph.nodes}
     assert {"idlevit.token_scores.default", "idlevit.select_gather_norm.default"} <= names
@@ -81,7 +79,7 @@ def test_torch_export_keeps_the_ops(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_aot_inductor(tmp_path: Path) -> None:
-    model = tiny()
+    model = idle()
     path = export_model(model, tmp_path / "model.pt2", "aoti", SIZE)
     assert largest_difference(model, load_exported(path, "aoti"), SIZE) <= 1e-4
 
@@ -132,7 +130,7 @@ def test_the_command_refuses_bad_input_in_one_line(options: list[str], expected:
 
 
 def test_errors_name_what_a_format_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny()
+    model = idle()
     with pytest.raises(TypeError, match="export: model must be a torch.nn.Module"):
         export_model("model", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match="eval mode"):

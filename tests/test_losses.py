@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import assert_equal, assert_equal_gradients
+from comparison import assert_all_equal, assert_equal, gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from vits import MODELS, make
@@ -27,12 +27,6 @@ def plain_total(
     f, g = (t / t.norm(dim=-1, keepdim=True) for t in (features, taught_features))
     total = F.cross_entropy(first, targets) + 20 * cut.sum() / len(cut)
     return total + 10 * (q * (q / p).log()).sum(-1).mean() + 1000 * ((f - g) ** 2).mean()
-
-
-def gradients(model: nn.Module, total: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad()
-    total.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def features_of(model: nn.Module, normed: Tensor, mask: Tensor) -> Tensor:
@@ -75,7 +69,7 @@ def test_total_and_all_gradients_equal_the_masked_form(name: str, kind: str) -> 
     )
     assert not any(part.requires_grad for part in parts.values())
     found_grads = gradients(model, found)
-    assert_equal_gradients(found_grads, wanted_grads)
+    assert_all_equal(found_grads, wanted_grads)
 
 
 def output(**kwargs: Any) -> ik.IdleViTOutput:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from small_models import noisy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,12 +80,10 @@ def formula(w: dict[str, Tensor], image: Tensor, depth: int, heads: int, skip_la
     return linear("head", x[:, 0]) + 0.5 * linear("aux_head", x[:, 1:]).max(1).values
 
 
-def noisy(model: nn.Module) -> nn.Module:
+def noisy_with_statistics(model: nn.Module) -> nn.Module:
     """Weights and statistics of some size, so that no term can be left out unseen."""
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.dim() == 1 else 0.03)
-        for key, b in model.named_buffers():
+        for key, b in noisy(model, 0.1, 0.03).named_buffers():
             if "running" in key:
                 b.add_(torch.rand_like(b))
     return model.eval()
@@ -94,7 +93,7 @@ def noisy(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def test_equals_the_formula(name: str) -> None:
     _, _, heads, skip_lam, _ = RELEASED[name]
-    model = noisy(timm.create_model(name, depth=3, img_size=64, num_classes=11))
+    model = noisy_with_statistics(timm.create_model(name, depth=3, img_size=64, num_classes=11))
     image = torch.randn(2, 3, 64, 64)
     wanted = formula({k: v.double() for k, v in model.state_dict().items()}, image.double(), 3, heads, skip_lam)
     torch.testing.assert_close(model(image).double(), wanted, rtol=1e-5, atol=1e-5)
@@ -130,7 +129,7 @@ def test_schedule_of_the_paper() -> None:
 
 @torch.no_grad()
 def test_full_grid_at_any_size() -> None:
-    model = noisy(timm.create_model("lvvit_small_patch16_224", **TINY, dynamic_img_size=True))
+    model = noisy_with_statistics(timm.create_model("lvvit_small_patch16_224", **TINY, dynamic_img_size=True))
     ik.apply_idle(model, keep_ratio=0.5)
     for H, W in ((64, 64), (96, 48)):
         image = torch.randn(2, 3, H, W)
@@ -141,7 +140,9 @@ def test_full_grid_at_any_size() -> None:
             torch.testing.assert_close(found, x[:, 1:].transpose(1, 2).unflatten(2, (H // 16, W // 16)))
         torch.testing.assert_close(final, model.norm(x))
         torch.testing.assert_close(model(image), model.forward_head(final))
-    padded = noisy(timm.create_model("lvvit_small_patch16_224", **TINY, dynamic_img_size=True, dynamic_img_pad=True))
+    padded = noisy_with_statistics(
+        timm.create_model("lvvit_small_patch16_224", **TINY, dynamic_img_size=True, dynamic_img_pad=True)
+    )
     assert padded(torch.randn(1, 3, 70, 90)).shape == (1, 7)
 
 
@@ -153,7 +154,7 @@ def test_features_only() -> None:
 
 
 def test_training_returns_the_same_logits() -> None:
-    model = ik.apply_idle(noisy(timm.create_model("lvvit_small_patch16_224", **TINY)), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_with_statistics(timm.create_model("lvvit_small_patch16_224", **TINY)), keep_ratio=0.5)
     image = torch.randn(2, 3, 64, 64)
     model.train()
     model.patch_embed.eval()  # batch statistics
@@ -167,8 +168,8 @@ def test_training_returns_the_same_logits() -> None:
 
 def test_features_for_distillation_are_all_tokens_and_the_loss_takes_those_last_kept() -> None:
     image, targets = torch.randn(2, 3, 64, 64), torch.tensor([1, 2])
-    teacher = ik.IdleViTForTraining(noisy(timm.create_model("lvvit_small_patch16_224", **TINY)))
-    student = noisy(timm.create_model("lvvit_small_patch16_224", **TINY))
+    teacher = ik.IdleViTForTraining(noisy_with_statistics(timm.create_model("lvvit_small_patch16_224", **TINY)))
+    student = noisy_with_statistics(timm.create_model("lvvit_small_patch16_224", **TINY))
     out = ik.IdleViTForTraining(ik.apply_idle(student, keep_ratio=0.5))(image)
     with torch.no_grad():
         wanted = teacher(image)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
-from comparison import noisy
+from small_models import noisy, tiny
 from timm.models import vision_transformer
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -55,8 +55,8 @@ VARIANTS = {
 }
 
 
-def tiny(**kwargs) -> nn.Module:
-    return noisy(timm.create_model("vit_tiny_patch16_224", **(TINY | kwargs)).eval())
+def noisy_tiny(**kwargs) -> nn.Module:
+    return noisy(tiny(**(TINY | kwargs)))
 
 
 def models() -> list:
@@ -153,13 +153,13 @@ def test_training_step(name: str, kwargs: dict) -> None:
 
 def test_state_dict_loads_strictly_both_ways() -> None:
     image = torch.randn(2, 3, 64, 64)
-    dense, idle = tiny(), ik.apply_idle(tiny(), keep_ratio=0.5)
+    dense, idle = noisy_tiny(), ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     other = copy.deepcopy(dense)
     ik.apply_idle(other, keep_ratio=0.5)
     idle.load_state_dict(dense.state_dict(), strict=True)
     with torch.no_grad():
         assert torch.equal(idle(image), other(image))
-    trained = ik.apply_idle(tiny(), keep_ratio=0.5).state_dict()
+    trained = ik.apply_idle(noisy_tiny(), keep_ratio=0.5).state_dict()
     dense.load_state_dict(trained, strict=True)
     assert all(torch.equal(v, trained[k]) for k, v in dense.state_dict().items())
 
@@ -178,7 +178,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dum
 @torch.no_grad()
 def test_copies(copier) -> None:
     image = torch.randn(2, 3, 64, 64)
-    dense_out = (model := tiny(init_values=0.5))(image)
+    dense_out = (model := noisy_tiny(init_values=0.5))(image)
     ik.apply_idle(model, keep_ratio=0.5)
     wanted = model(image)
     again = copier(model)
@@ -194,7 +194,7 @@ def test_copies(copier) -> None:
 
 
 def test_a_whole_model_from_another_process(tmp_path) -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(1, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.save({"model": model, "image": image, "out": model(image)}, tmp_path / "model.pt")
     script = (
@@ -209,7 +209,7 @@ def test_a_whole_model_from_another_process(tmp_path) -> None:
 
 @torch.no_grad()
 def test_moving_an_idle_model_moves_the_dense_one() -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5).to(torch.bfloat16)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5).to(torch.bfloat16)
     image = torch.randn(2, 3, 64, 64, dtype=torch.bfloat16)
     assert model(image).dtype == torch.bfloat16
     ik.remove_idle(model)
@@ -217,7 +217,7 @@ def test_moving_an_idle_model_moves_the_dense_one() -> None:
 
 
 def test_modes_and_flags_survive() -> None:
-    model = tiny(drop_path_rate=0.2).train()
+    model = noisy_tiny(drop_path_rate=0.2).train()
     model.blocks[2].eval()
     model.blocks[1].attn.eval()
     model.blocks[3].mlp.fc1.weight.requires_grad_(False)
@@ -235,7 +235,7 @@ def test_modes_and_flags_survive() -> None:
 
 
 def test_gradient_checkpointing() -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5).train()
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5).train()
     image = torch.randn(2, 3, 64, 64)
 
     def gradients() -> list[Tensor]:
@@ -252,7 +252,7 @@ def test_gradient_checkpointing() -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}], ids=str)
 @torch.no_grad()
 def test_dynamic_image_size(kwargs: dict) -> None:
-    model = ik.apply_idle(tiny(dynamic_img_size=True, **kwargs), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(dynamic_img_size=True, **kwargs), keep_ratio=0.5)
     P = model.num_prefix_tokens
     for size, ratio_kept in (((64, 64), [8, 4, 2]), ((96, 160), [30, 15, 7]), ((16, 48), [1, 1, 1])):
         image = torch.randn(2, 3, *size)
@@ -267,7 +267,7 @@ def test_dynamic_image_size(kwargs: dict) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 @torch.no_grad()
 def test_forward_intermediates(norm: bool, kwargs: dict) -> None:
-    model = ik.apply_idle(tiny(**kwargs), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(**kwargs), keep_ratio=0.5)
     image = torch.randn(2, 3, 64, 64)
     outputs = plain_idle(model, image)
     wanted = [model.norm(x) if norm else x for x in outputs]
@@ -305,7 +305,7 @@ def test_features_only() -> None:
 @torch.no_grad()
 def test_hooks_on_blocks_see_values_that_stay() -> None:
     """Nobody writes into an output that a hook holds, nor into an input."""
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     image = torch.randn(2, 3, 64, 64)
     wanted = model(image)
     outputs = plain_idle(model, image)
@@ -332,7 +332,7 @@ def test_hooks_on_blocks_see_values_that_stay() -> None:
 def test_a_hook_on_one_block_or_within() -> None:
     """Only the middle one of several idle layers is watched."""
     for watched in ("blocks.2", "blocks.2.norm1", "blocks.2.mlp.fc1", "blocks.1.attn"):
-        model = ik.apply_idle(tiny(), keep_ratio=0.5)
+        model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
         image = torch.randn(2, 3, 64, 64)
         wanted, held = model(image), []
         model.get_submodule(watched).register_forward_hook(lambda _, a, out, held=held: held.append((out, out.clone())))
@@ -341,7 +341,7 @@ def test_a_hook_on_one_block_or_within() -> None:
 
 
 def test_hooks_set_before_apply_idle_stay() -> None:
-    model, calls = tiny(), []
+    model, calls = noisy_tiny(), []
     model.blocks[2].register_forward_hook(lambda *_: calls.append("hook"))
     ik.apply_idle(model, keep_ratio=0.5)(torch.randn(1, 3, 64, 64))
     assert calls == ["hook"]
@@ -351,7 +351,7 @@ def test_hooks_set_before_apply_idle_stay() -> None:
 
 @torch.no_grad()
 def test_the_image_and_earlier_results_stay() -> None:
-    model = ik.apply_idle(tiny(patch_size=16, global_pool=""), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(patch_size=16, global_pool=""), keep_ratio=0.5)
     image = torch.randn(2, 3, 64, 64)
     before = image.clone()
     first = model(image)
@@ -363,7 +363,7 @@ def test_the_image_and_earlier_results_stay() -> None:
 @torch.no_grad()
 def test_blocks_called_by_hand() -> None:
     """Slices, single blocks and the sequence give new tensors and leave their input alone."""
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     x = torch.randn(2, 17, 48)
     before, wanted = x.clone(), x
     for block in model.blocks:
@@ -380,7 +380,7 @@ def test_blocks_called_by_hand() -> None:
 
 
 def test_inference_mode_and_no_grad_agree() -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         inference = model(image)
     with torch.no_grad():
@@ -391,20 +391,20 @@ def test_inference_mode_and_no_grad_agree() -> None:
 @pytest.mark.parametrize("B", [0, 1])
 @torch.no_grad()
 def test_batch_of(B: int) -> None:
-    model = tiny()
+    model = noisy_tiny()
     image = torch.randn(B, 3, 64, 64)
     assert ik.apply_idle(model, keep_ratio=0.5)(image).shape == (B, 7)
 
 
 @torch.no_grad()
 def test_images_do_not_see_each_other() -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(5, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(5, 3, 64, 64)
     together = model(image)
     torch.testing.assert_close(together, torch.cat([model(one[None]) for one in image]), rtol=1e-4, atol=1e-4)
 
 
 def test_threads_share_a_model() -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     images = [torch.randn(2, 3, 64, 64) for _ in range(8)]
 
     def run(image: Tensor) -> Tensor:
@@ -418,13 +418,13 @@ def test_threads_share_a_model() -> None:
 
 
 def test_patch_dropout_in_training() -> None:
-    model = ik.apply_idle(tiny(patch_drop_rate=0.5), keep_ratio=0.5).train()
+    model = ik.apply_idle(noisy_tiny(patch_drop_rate=0.5), keep_ratio=0.5).train()
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert model.blocks[3].attn.qkv.weight.grad.abs().sum() > 0
 
 
 def test_attention_masks_are_refused() -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     with pytest.raises(ValueError, match="^IdleBlock: (attn_mask|is_causal) must be"):
         model(torch.randn(2, 3, 64, 64), attn_mask=torch.zeros(17, 17))
 
@@ -432,24 +432,24 @@ def test_attention_masks_are_refused() -> None:
 @torch.no_grad()
 def test_scorer_argument() -> None:
     image = torch.randn(2, 3, 64, 64)
-    model = tiny()
+    model = noisy_tiny()
     outputs = {scorer: (ik.apply_idle(model, keep_ratio=0.5, scorer=scorer)(image), ik.remove_idle(model))[0]
                for scorer in ("auto", "cls", "mean")}  # fmt: skip
     assert torch.equal(outputs["auto"], outputs["cls"]) and not torch.allclose(outputs["auto"], outputs["mean"])
-    gap = tiny(class_token=False, global_pool="avg")
+    gap = noisy_tiny(class_token=False, global_pool="avg")
     with pytest.raises(ValueError, match="^apply_idle: scorer must be 'mean' or 'auto'"):
         ik.apply_idle(gap, scorer="cls")
     assert not ik.idle_blocks(gap)
 
 
 def test_schedule_argument() -> None:
-    model = ik.apply_idle(tiny(), schedule=[0.5, 1.0, 1, 0.25])
+    model = ik.apply_idle(noisy_tiny(), schedule=[0.5, 1.0, 1, 0.25])
     assert {name: block.keep_ratio for name, block in ik.idle_blocks(model).items()} == {
         "blocks.0": 0.5,
         "blocks.3": 0.25,
     }
-    assert [b.keep_ratio for b in ik.idle_blocks(ik.apply_idle(tiny())).values()] == ik.idle_schedule(4, 0.7)[1:]
-    ik.apply_idle(tiny(), schedule=(1.0, 0.5, 0.5, 0.5))
+    assert [b.keep_ratio for b in ik.idle_blocks(ik.apply_idle(noisy_tiny())).values()] == ik.idle_schedule(4, 0.7)[1:]
+    ik.apply_idle(noisy_tiny(), schedule=(1.0, 0.5, 0.5, 0.5))
 
 
 # Consecutive idle blocks work in place where nobody can see it
@@ -480,13 +480,13 @@ VISIBLE = {
 
 
 def test_in_place_only_without_gradients() -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     assert writes(model, image) == 0
     with torch.no_grad():
         assert writes(model, image) == 3  # the dense first block made the buffer
         assert writes(lambda: [block(torch.randn(2, 17, 48)) for block in model.blocks]) == 0
         assert writes(model.forward_intermediates, image) == 0
-        assert writes(ik.apply_idle(tiny(), schedule=[0.5, 1, 0.5, 1]), image) <= 1
+        assert writes(ik.apply_idle(noisy_tiny(), schedule=[0.5, 1, 0.5, 1]), image) <= 1
     with torch.inference_mode():
         assert writes(model, image) == 3
 
@@ -496,7 +496,7 @@ def test_in_place_only_without_gradients() -> None:
 @torch.no_grad()
 def test_what_any_hook_holds_stays(variant: dict, schedule: list[float]) -> None:
     """Every module of the model in turn, its inputs and outputs, by each kind of hook."""
-    model, image = ik.apply_idle(tiny(**variant), schedule=schedule), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(**variant), schedule=schedule), torch.randn(2, 3, 64, 64)
     wanted = model(image)
     for name, module in model.named_modules():
         held: list[tuple[Tensor, Tensor]] = []
@@ -520,7 +520,7 @@ def test_what_any_hook_holds_stays(variant: dict, schedule: list[float]) -> None
 
 @torch.no_grad()
 def test_what_a_global_hook_holds_stays() -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     held = []
     handle = nn.modules.module.register_module_forward_hook(
         lambda _, args, out: held.append((out, out.clone())) if isinstance(out, Tensor) else None
@@ -535,7 +535,7 @@ def test_what_a_global_hook_holds_stays() -> None:
 @torch.no_grad()
 def test_what_a_replaced_forward_holds_stays() -> None:
     """Attention viewers and the like overwrite ``forward`` of a block."""
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     held = []
     forward = model.blocks[2].forward
 
@@ -568,7 +568,7 @@ class Recorder(nn.Module):
 def test_what_a_wrapped_module_holds_stays(i: int) -> None:
     image = torch.randn(2, 3, 64, 64)
     for wrap in ("block", "norm1", "norm2", "mlp", "identity"):
-        model = ik.apply_idle(tiny(), keep_ratio=0.5)
+        model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
         wanted = model(image)
         block = model.blocks[i]
         recorder = Recorder(block if wrap == "block" else nn.Identity() if wrap == "identity" else getattr(block, wrap))
@@ -584,7 +584,7 @@ def test_what_a_wrapped_module_holds_stays(i: int) -> None:
 
 @torch.no_grad()
 def test_results_of_earlier_calls_stay() -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     x = torch.randn(2, 17, 48)
     for blocks in (model.blocks, model.blocks[1:], model.blocks[2:3]):
         first = blocks(x)
@@ -597,7 +597,7 @@ def test_results_of_earlier_calls_stay() -> None:
 @pytest.mark.parametrize("copier", COPIES.values(), ids=COPIES)
 @torch.no_grad()
 def test_a_copy_has_hooks_of_its_own(copier) -> None:
-    model = ik.apply_idle(tiny(), keep_ratio=0.5)
+    model = ik.apply_idle(noisy_tiny(), keep_ratio=0.5)
     again, calls = copier(model), []
     again.blocks[2].register_forward_hook(lambda *_: calls.append("copy"))
     model(torch.randn(1, 3, 64, 64))
@@ -609,7 +609,7 @@ def test_a_copy_has_hooks_of_its_own(copier) -> None:
 
 @pytest.mark.parametrize("where", ["blocks", "blocks.0", "blocks.2"])
 def test_handles_work_across_apply_and_remove(where: str) -> None:
-    model, image, calls = tiny(), torch.randn(1, 3, 64, 64), []
+    model, image, calls = noisy_tiny(), torch.randn(1, 3, 64, 64), []
     before = model.get_submodule(where).register_forward_hook(lambda *_: calls.append("before"))
     ik.apply_idle(model, keep_ratio=0.5)
     during = model.get_submodule(where).register_forward_hook(lambda *_: calls.append("during"))
@@ -626,23 +626,23 @@ def test_handles_work_across_apply_and_remove(where: str) -> None:
 # What cannot idle
 
 REFUSED = {
-    "parallel scaling": (lambda: tiny(block_fn=ParallelScalingBlock), "ParallelScalingBlock.*in parallel"),
-    "parallel things": (lambda: tiny(block_fn=ParallelThingsBlock), "ParallelThingsBlock.*in parallel"),
-    "post-norm": (lambda: tiny(block_fn=ResPostBlock), "ResPostBlock.*post-norm"),
+    "parallel scaling": (lambda: noisy_tiny(block_fn=ParallelScalingBlock), "ParallelScalingBlock.*in parallel"),
+    "parallel things": (lambda: noisy_tiny(block_fn=ParallelThingsBlock), "ParallelThingsBlock.*in parallel"),
+    "post-norm": (lambda: noisy_tiny(block_fn=ResPostBlock), "ResPostBlock.*post-norm"),
     "relative": (lambda: timm.create_model("vit_relpos_small_patch16_224", depth=2), "must be one of.*RelPos"),
     "BEiT": (lambda: timm.create_model("beit_base_patch16_224", depth=2), "must be one of.*Beit"),
     "ResNet": (lambda: timm.create_model("resnet18"), "must be one of: timm VisionTransformer.*; got timm.*ResNet"),
     "Linear": (lambda: nn.Linear(3, 3), "must be one of.*got torch.nn.modules.linear.Linear"),
-    "compiled": (lambda: torch.compile(tiny()), "OptimizedModule.*before torch.compile"),
+    "compiled": (lambda: torch.compile(noisy_tiny()), "OptimizedModule.*before torch.compile"),
 }  # fmt: skip
 if hasattr(vision_transformer, "DiffParallelScalingBlock"):  # not in the oldest timm that is supported
     REFUSED |= {
         "parallel diff": (
-            lambda: tiny(block_fn=vision_transformer.DiffParallelScalingBlock),
+            lambda: noisy_tiny(block_fn=vision_transformer.DiffParallelScalingBlock),
             "DiffParallelScalingBlock.*in parallel",
         ),
         "differential attention": (
-            lambda: tiny(attn_layer="diff"),
+            lambda: noisy_tiny(attn_layer="diff"),
             "attention is DiffAttention.*not timm's softmax",
         ),
     }
@@ -662,7 +662,7 @@ def modules_of(model: nn.Module) -> list:
 
 
 def test_one_odd_block_refuses_the_model() -> None:
-    model = tiny()
+    model = noisy_tiny()
     model.blocks[3] = ResPostBlock(48, 3)
     modules = modules_of(model)
     with pytest.raises(TypeError, match="ResPostBlock"):
@@ -685,7 +685,7 @@ def test_a_subclass_of_the_model_is_taken() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_compile(grad: bool, kwargs: dict) -> None:
     torch._dynamo.reset()
-    model, image = ik.apply_idle(tiny(**kwargs), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(**kwargs), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(grad):
         wanted = model(image)
@@ -699,7 +699,7 @@ def test_compile(grad: bool, kwargs: dict) -> None:
 @torch.no_grad()
 def test_compile_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
-    model = ik.apply_idle(tiny(dynamic_img_size=True, depth=2), schedule=[0.5, 0.25])
+    model = ik.apply_idle(noisy_tiny(dynamic_img_size=True, depth=2), schedule=[0.5, 0.25])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((2, 64, 64), (3, 64, 64), (2, 96, 64)):
         image = torch.randn(shape[0], 3, *shape[1:])
@@ -710,7 +710,7 @@ def test_compile_with_dynamic_shapes() -> None:
 @torch.no_grad()
 def test_compile_with_inductor() -> None:
     torch._dynamo.reset()
-    model, image = ik.apply_idle(tiny(init_values=0.5), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(init_values=0.5), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     wanted = model(image)
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(image), wanted, rtol=1e-4, atol=1e-4)
@@ -719,6 +719,6 @@ def test_compile_with_inductor() -> None:
 
 @torch.no_grad()
 def test_export() -> None:
-    model, image = ik.apply_idle(tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    model, image = ik.apply_idle(noisy_tiny(), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     program = torch.export.export(model, (image,))
     torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from arguments import copy, op_with_grad, with_grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,30 +45,8 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def copy(arguments: tuple) -> tuple:
-    """The same values in the same layout, in memory of their own (in-place ops write to their arguments)."""
-    return tuple(
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) if isinstance(a, Tensor) else a
-        for a in arguments
-    )
-
-
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def with_grad(arguments: tuple) -> tuple:
-    return tuple(
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
-    )
-
-
-def op_with_grad(op: str, case: Case) -> tuple:
-    """Arguments that all take a gradient; scores do not: selection has none."""
-    arguments = list(with_grad(make_arguments(op, case)))
-    if op == "select_gather_norm":
-        arguments[1] = arguments[1].detach()
-    return tuple(arguments)
 
 
 # Values

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from small_models import noisy
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -34,10 +35,11 @@ def _inference():
 def deit() -> nn.Module:
     """Twelve layers, 64 image tokens; weights large enough that no two tokens score alike."""
     torch.manual_seed(0)
-    model = timm.create_model("deit_tiny_patch16_224", img_size=128, num_classes=10).eval().requires_grad_(False)
-    for p in model.parameters():
-        p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
-    return model
+    return (
+        noisy(timm.create_model("deit_tiny_patch16_224", img_size=128, num_classes=10), 0.2, 0.05)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def images(batch: int = 2, size: int = 128) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 import idlevit_kernels as ik
 from idlevit_kernels.measure import roofline
-from idlevit_kernels.measure.roofline import GPUS, Device, Shape, dense_block_steps, idle_block_steps, predict
+from idlevit_kernels.measure.roofline import GPUS, BlockSize, Device, dense_block_steps, idle_block_steps, predict
 
 SHAPES = [roofline.deit_s(b, stage) for b in (1, 8, 256) for stage in (1, 2, 3)]
 
@@ -39,7 +39,7 @@ def test_stages_keep_the_tokens_of_the_schedule() -> None:
 
 def test_bytes_by_hand() -> None:
     """B 2, T 5, n 3, C 4 in bfloat16: x has 80 bytes, a [B, n, C] 48, scores 40, indices 48, a norm's parameters 16."""
-    shape = Shape(B=2, T=5, n=3, C=4, H=2)
+    shape = BlockSize(B=2, T=5, n=3, C=4, H=2)
     steps = idle_block_steps(shape)
     assert named(steps, "token_scores").bytes == 80 + 16 + 16 + 40
     assert named(steps, "select_gather_norm").bytes == 40 + 48 + 48 + 48 + 16
@@ -57,7 +57,7 @@ def test_bytes_by_hand() -> None:
 
 
 def test_scores_are_float32_unless_tokens_are_wider() -> None:
-    shape = Shape(B=2, T=5, n=3, C=4, H=2, dtype=torch.float64)
+    shape = BlockSize(B=2, T=5, n=3, C=4, H=2, dtype=torch.float64)
     assert named(idle_block_steps(shape), "select_gather_norm").bytes == 80 + 48 + 2 * 192 + 64
 
 
@@ -71,7 +71,7 @@ def test_more_work_takes_longer(field: str, device: Device) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_faster_devices_and_less_traffic_take_less(shape: Shape) -> None:
+def test_faster_devices_and_less_traffic_take_less(shape: BlockSize) -> None:
     h200, h100, a100, _ = GPUS
     assert predict(shape, h200).idle < predict(shape, h100).idle < predict(shape, a100).idle
     assert predict(shape, h200, inplace=True).idle < predict(shape, h200).idle

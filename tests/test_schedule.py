@@ -30,7 +30,7 @@ def test_values(depth: int, stages: tuple[int, ...], ratio: float) -> None:
 
 
 def test_kept_tokens_of_deit() -> None:
-    """K of the three stages at 0.7 with 14 x 14 patches, and the floor of one token."""
+    """K of the three stages at 0.7 with 14 x 14 patches, and at least one token."""
     assert [num_kept(r, 196) for r in ik.idle_schedule(12, 0.7)] == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
     assert [num_kept(r, 196) for r in ik.idle_schedule(12, 0.5)] == [196] * 3 + [98] * 3 + [49] * 3 + [24] * 3
     assert num_kept(0.01, 10) == num_kept(0.7, 1) == 1

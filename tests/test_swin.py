@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from comparison import assert_equal, check_masked_form, check_there_and_back, gradients
+from small_models import noisy
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,10 +32,7 @@ MODELS = {
 def make(name: str, **kwargs) -> nn.Module:
     timm_name, own = MODELS[name]
     model = timm.create_model(timm_name, **(own | kwargs)).eval()
-    with torch.no_grad():  # fresh weights are so small that every logit is nearly equal
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3 if p.dim() == 1 else 0.1)
-    return model
+    return noisy(model, 0.3, 0.1)
 
 
 def image_for(model: nn.Module, B: int = 2) -> Tensor:

@@ -130,7 +130,7 @@ def test_passes_of_a_step_give_the_losses_of_one_pass(uninterrupted):
     one.fit(), many.fit()
     for a, b in zip(one.history, many.history, strict=True):
         for name in ("classification", "token_cut", "logits", "features", "total"):
-            # The divergence of near-equal logits is a difference of numbers near 1: float32's epsilon is its floor.
+            # The divergence of near-equal logits is a difference of numbers near 1: float32's epsilon is the least.
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), name
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small_models import noisy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +25,7 @@ CRITERION = ik.IdleViTLoss(nn.CrossEntropyLoss())
 
 def make(name: str = "vit_tiny_patch16_224", cut: str = "both", **kwargs: Any) -> ik.IdleViTForTraining:
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SMALL | kwargs))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
+    model = noisy(timm.create_model(name, **(SMALL | kwargs)), 0.05, 0.05)
     return ik.IdleViTForTraining(ik.apply_idle(model, keep_ratio=0.6), cut=cut).train()
 
 
@@ -47,7 +45,7 @@ def loss_of(wrapped: nn.Module, x: Tensor) -> Tensor:
     return CRITERION(wrapped(x), targets, teacher)[0]
 
 
-def gradients(wrapped: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def loss_gradients(wrapped: nn.Module, x: Tensor) -> dict[str, Tensor]:
     wrapped.zero_grad()
     torch.manual_seed(3)
     loss_of(wrapped, x).backward()
@@ -146,23 +144,23 @@ def test_cut_loss_holds_a_tile_and_saves_rows() -> None:
 @pytest.mark.parametrize("kwargs", [{}, {"drop_path_rate": 0.3, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}], ids=str)
 def test_activation_checkpointing(one_thread: None, kwargs: dict[str, Any]) -> None:
     wrapped, x = make(**kwargs).double(), images().double()
-    wanted = gradients(wrapped, x)
+    wanted = loss_gradients(wrapped, x)
     wrapped.model.set_grad_checkpointing()
     calls = []
     wrapped.model.blocks[2].mlp.register_forward_hook(lambda *_: calls.append(1))
-    assert_same(gradients(wrapped, x), wanted, 1e-12)
+    assert_same(loss_gradients(wrapped, x), wanted, 1e-12)
     assert len(calls) == 2, "the block was not computed again"
 
 
 def test_hooked_parts_run_as_modules(one_thread: None) -> None:
     """A hook on the projection keeps the fused path off: the same loss and gradients."""
     wrapped, x = make().double(), images().double()
-    wanted = gradients(wrapped, x)
+    wanted = loss_gradients(wrapped, x)
     widths = []
     for block in wrapped.model.blocks:
         block.attn.qkv.register_forward_hook(lambda _, args, out: widths.append(out.shape[-1]))
         block.mlp.fc2.register_forward_hook(lambda *_: None)
-    assert_same(gradients(wrapped, x), wanted, 1e-12)
+    assert_same(loss_gradients(wrapped, x), wanted, 1e-12)
     assert set(widths) == {3 * 48}
 
 
@@ -176,7 +174,7 @@ def test_second_gradients_through_the_mlp(one_thread: None) -> None:
 
 def test_autocast(one_thread: None) -> None:
     wrapped, x = make(), images()
-    wanted = gradients(wrapped, x)
+    wanted = loss_gradients(wrapped, x)
     indices = wrapped(x).indices
     wrapped.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -198,10 +196,10 @@ def test_autocast(one_thread: None) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compile(fresh_compiler: None, checkpointing: bool, backend: str) -> None:
     wrapped, x = make(depth=2), images()
-    wanted = gradients(wrapped, x)
+    wanted = loss_gradients(wrapped, x)
     wrapped.model.set_grad_checkpointing(checkpointing)
     compiled = torch.compile(wrapped, fullgraph=True, backend=backend)
-    found = {name.removeprefix("_orig_mod."): grad for name, grad in gradients(compiled, x).items()}
+    found = {name.removeprefix("_orig_mod."): grad for name, grad in loss_gradients(compiled, x).items()}
     assert_same(found, wanted, 1e-4)
 
 
@@ -246,7 +244,7 @@ def _process(rank: int, store: str) -> None:
     try:
         for form in ("ddp", "fsdp2", "fsdp2, checkpointing", "ddp, checkpointing"):
             wrapped = make().double()
-            wanted = gradients(wrapped, x)
+            wanted = loss_gradients(wrapped, x)
             wrapped.model.set_grad_checkpointing("checkpointing" in form)
             if "ddp" in form:
                 parallel: nn.Module = DistributedDataParallel(wrapped)

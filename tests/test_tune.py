@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from small_models import tiny
+from torch import Tensor
 from typer.testing import CliRunner
 
 import idlevit_kernels as ik
@@ -29,12 +30,6 @@ from idlevit_kernels.models.inputs import block_inputs
 from idlevit_kernels.schedule import num_kept, read_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 10}
-
-
-def tiny(**options) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", **SMALL | options).eval()
 
 
 @pytest.mark.parametrize(("num_tokens", "prefix"), [(196, 1), (576, 1), (1369, 5), (16, 1), (3, 0), (1, 1)])

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from comparison import assert_equal, check_masked_form, check_there_and_back
+from small_models import noisy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +26,7 @@ MODELS = {"square": SMALL, "oblong": SMALL | {"img_size": (80, 96)}}
 
 def make(name: str = "square", **kwargs) -> nn.Module:
     model = timm.create_model(NAME, **(MODELS[name] | kwargs)).eval()
-    with torch.no_grad():  # fresh weights are so small that every logit is nearly equal
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.3 if p.dim() == 1 else 0.1)
-    return model
+    return noisy(model, 0.3, 0.1)
 
 
 def image_for(model: nn.Module, B: int = 2) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_models import tiny
 from torch import nn
 from typer.testing import CliRunner
 
@@ -20,10 +21,8 @@ from idlevit_kernels.models.recording import selections
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
-    options = {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 10} | options
-    model = timm.create_model(name, **options).eval()
-    return ik.apply_idle(model, 0.5)
+def idle(name: str = "vit_tiny_patch16_224", **options) -> nn.Module:
+    return ik.apply_idle(tiny(name, **options), 0.5)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (80, 70)) -> Image.Image:
@@ -32,7 +31,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (80, 70)) -> Image.Image:
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}], ids=str)
 def test_selections_are_those_of_the_blocks(options: dict) -> None:
-    model, images = tiny(**options), torch.randn(2, 3, 64, 64)
+    model, images = idle(**options), torch.randn(2, 3, 64, 64)
     found = selections(model, images)
     with torch.no_grad():
         indices = ik.IdleViTForTraining(model, cut="none")(images).indices
@@ -47,7 +46,7 @@ def test_selections_are_those_of_the_blocks(options: dict) -> None:
 
 
 def test_images_that_are_not_square() -> None:
-    model = tiny(img_size=(64, 96))
+    model = idle(img_size=(64, 96))
     (layers,) = selections(model, torch.randn(1, 3, 64, 96))
     assert layers[0].kept.shape == (4, 6) and int(layers[0].kept.sum()) == 12
 
@@ -68,7 +67,7 @@ def test_windows_lie_where_they_are_in_the_image() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = tiny().train()
+    model = idle().train()
     selections(model, torch.randn(1, 3, 64, 64))
     assert all(module.training for module in model.modules())
     assert not any(block._forward_pre_hooks for block in model.blocks)
@@ -77,7 +76,7 @@ def test_the_model_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("name", ["vit", "lvvit", "swin"])
 def test_one_image_in_every_form(tmp_path: Path, name: str) -> None:
     if name == "vit":
-        model = tiny(depth=8)
+        model = idle(depth=8)
     elif name == "lvvit":
         model = ik.apply_idle(timm.create_model("lvvit_tiny_patch16_224", img_size=64, depth=4).eval(), 0.5)
     else:
@@ -99,7 +98,7 @@ def test_one_image_in_every_form(tmp_path: Path, name: str) -> None:
 
 
 def test_several_images_are_a_gallery_with_what_came_back() -> None:
-    model = tiny()
+    model = idle()
     figure = ik.visualize(model, [picture(0), picture(1)])
     titles = [axis.get_title() for axis in figure.axes]
     assert titles.count("image") == 2 and sum(t.startswith("layer") for t in titles) == 6
@@ -113,10 +112,10 @@ def test_several_images_are_a_gallery_with_what_came_back() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="visualize: model must be idle .call apply_idle first., got a dense"):
-        ik.visualize(ik.remove_idle(tiny()), picture())
+        ik.visualize(ik.remove_idle(idle()), picture())
     with pytest.raises(TypeError, match="visualize: model must be a torch.nn.Module"):
         ik.visualize("model", torch.randn(3, 64, 64))
-    model = tiny()
+    model = idle()
     for image, expected in (
         (torch.randn(2, 3, 64, 64), r"a float tensor \[channels, height, width\]"),
         (torch.randn(2, 64, 64), "of 1 or 3 channels"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import timm
-import torch
+from small_models import noisy
 from torch import nn
 
 import idlevit_kernels.models.lvvit  # noqa: F401
@@ -31,7 +31,4 @@ MODELS = {
 def make(name: str) -> nn.Module:
     timm_name, kwargs = MODELS[name]
     model = timm.create_model(timm_name, **kwargs).double()
-    with torch.no_grad():  # fresh weights are so small that every logit is nearly equal
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.2 if p.dim() == 1 else 0.05)
-    return model
+    return noisy(model, 0.2, 0.05)

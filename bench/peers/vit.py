@@ -1,4 +1,4 @@
-"""What the peers share: timm's VisionTransformer taken apart at the seams where the methods cut in.
+"""What the peers share: timm's VisionTransformer taken apart where the methods differ.
 
 Linears and MLPs run as those of IdleViT do (oneDNN on a CPU in float32), so a comparison is of methods alone.
 """

@@ -76,8 +76,8 @@ inline void direct_images(const A* rows, const A* qkv_weight, const A* bias, int
 
 // For a team of threads, all of which call it; on return direction is complete for each of them.
 template <typename A>
-inline void direct(const Shape& s, const Tokens& x, const Norm& norm, const A* qkv_weight, const A* bias,
-                   int64_t width, A* query, A* direction, int threads) {
+inline void direct(const Shape& s, const Tokens& x, const Norm& norm, const A* qkv_weight, const A* bias, int64_t width,
+                   A* query, A* direction, int threads) {
     A rows[kDirectionNumbers];
     int64_t count;
     for (int64_t b = 0; b < s.B; b += count) {

@@ -15,11 +15,10 @@ const Kernels* available(int i) {
     const Kernels* found[3] = {&kernels_baseline, nullptr, nullptr};
     [[maybe_unused]] int count = 1;
 #if defined(IDLEVIT_X86)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2) found[count++] = &kernels_avx2;
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         found[count++] = &kernels_avx512;
 #endif
     return i >= 0 && i < 3 ? found[i] : nullptr;

@@ -11,9 +11,9 @@ namespace idlevit::cpu {
 
 extern const Kernels IDLEVIT_NAME(kernels_, IDLEVIT_ISA);
 const Kernels IDLEVIT_NAME(kernels_, IDLEVIT_ISA) = {
-    IDLEVIT_QUOTE(IDLEVIT_ISA),         IDLEVIT_ISA::cls_direction, IDLEVIT_ISA::token_scores,
-    IDLEVIT_ISA::select_tokens,   IDLEVIT_ISA::select_gather_norm, IDLEVIT_ISA::cls_select_gather_norm,
-    IDLEVIT_ISA::gather_tokens,   IDLEVIT_ISA::gather_add_norm,    IDLEVIT_ISA::scatter_tokens,
+    IDLEVIT_QUOTE(IDLEVIT_ISA), IDLEVIT_ISA::cls_direction,      IDLEVIT_ISA::token_scores,
+    IDLEVIT_ISA::select_tokens, IDLEVIT_ISA::select_gather_norm, IDLEVIT_ISA::cls_select_gather_norm,
+    IDLEVIT_ISA::gather_tokens, IDLEVIT_ISA::gather_add_norm,    IDLEVIT_ISA::scatter_tokens,
 };
 
 }  // namespace idlevit::cpu

@@ -28,17 +28,6 @@ struct BFloat16 {
     std::uint16_t bits;
 };
 
-template <typename T>
-struct Accumulate {
-    using type = float;
-};
-template <>
-struct Accumulate<double> {
-    using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
-
 inline float bits_to_float(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));

@@ -4,8 +4,8 @@
 
 namespace idlevit::cpu::IDLEVIT_ISA {
 
-// rstd * sum_c (x_c - mean) v_c + offset with v = weight * direction, and offset = sum_c bias_c direction_c, which is the
-// same for a whole image. The variance and the product share the second pass over the row.
+// rstd * sum_c (x_c - mean) v_c + offset with v = weight * direction, and offset = sum_c bias_c direction_c, which is
+// the same for a whole image. The variance and the product share the second pass over the row.
 template <typename A>
 inline A score_row(const A* row, const A* v, A offset, double eps, int64_t C) {
     using V = typename VectorOf<A>::type;

@@ -92,9 +92,9 @@ inline Status select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x,
     });
 }
 
-inline Status cls_select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x, Norm norm,
-                                     const void* qkv_weight, const void* qkv_bias, int64_t width, void* workspace,
-                                     int64_t* indices, void* normed, int threads) {
+inline Status cls_select_gather_norm(DType dtype, Shape s, int64_t prefix, Tokens x, Norm norm, const void* qkv_weight,
+                                     const void* qkv_bias, int64_t width, void* workspace, int64_t* indices,
+                                     void* normed, int threads) {
     if (dtype != DType::f32 && dtype != DType::f64) return Status::bad_dtype;
     return with_dtype(dtype, [&](auto element) {
         using A = acc_t<decltype(element)>;

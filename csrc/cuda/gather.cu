@@ -7,11 +7,11 @@ namespace {
 template <typename E, typename L>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(Shape s, Tokens x, const int64_t* indices, E* out, unsigned blocks_per_image) {
-    const Place place(blocks_per_image);
-    const int64_t i = place.part * L::kRows + L::row();
+    const Portion portion(blocks_per_image);
+    const int64_t i = portion.part * L::kRows + L::row();
     if (i >= s.n) return;
-    const int64_t row = place.image * s.n + i;
-    const E* source = token_row<E>(x, place.image, nearest_token(indices[row], s.T));
+    const int64_t row = portion.image * s.n + i;
+    const E* source = token_row<E>(x, portion.image, nearest_token(indices[row], s.T));
     for (int64_t c = 0; c < s.C; c += L::kChannels) {
         const int rest = static_cast<int>(s.C - c);
         Row<E, L> values;
@@ -24,13 +24,13 @@ template <typename T, typename P, typename L>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     gather_add_norm_kernel(Shape s, Tokens x, const int64_t* indices, TypedBranch<T, P> branch,
                            TypedNorm<acc_t<T>, P> norm, T* tokens, T* normed, unsigned blocks_per_image) {
-    const Place place(blocks_per_image);
-    const int64_t i = place.part * L::kRows + L::row();
+    const Portion portion(blocks_per_image);
+    const int64_t i = portion.part * L::kRows + L::row();
     if (i >= s.n) return;
     const int C = static_cast<int>(s.C);
-    const int64_t index = place.image * s.n + i, offset = index * s.C;
+    const int64_t index = portion.image * s.n + i, offset = index * s.C;
     Row<T, L> row;
-    row.load(token_row<T>(x, place.image, nearest_token(indices[index], s.T)), C);
+    row.load(token_row<T>(x, portion.image, nearest_token(indices[index], s.T)), C);
     branch.add_to(row, offset, 0, C);
     row.store(tokens + offset, C);
     // The norm sees the tokens as they are stored, rounded to their type.

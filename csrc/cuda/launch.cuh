@@ -74,8 +74,8 @@ bool full_width(int64_t C, std::initializer_list<const void*> addresses, std::in
 }
 
 // Calls f(Layout): a warp a row where 32 channels a thread are enough, so that no reduction leaves the warp (16 for
-// narrow rows: fewer registers, more rows in flight); else a block a row. Rows that cannot be moved 16 bytes at a time, and
-// float64, which is there for gradient checks, take one element at a time.
+// narrow rows: fewer registers, more rows in flight); else a block a row. Rows that cannot be moved 16 bytes at a time,
+// and float64, which is there for gradient checks, take one element at a time.
 template <typename T, typename F>
 void with_layout(int64_t C, bool full, F&& f) {
     if constexpr (!std::is_same_v<T, double>) {

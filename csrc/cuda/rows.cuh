@@ -13,17 +13,6 @@ constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-template <typename T>
-struct Accumulate {
-    using type = float;
-};
-template <>
-struct Accumulate<double> {
-    using type = double;
-};
-template <typename T>
-using acc_t = typename Accumulate<T>::type;
-
 // Blocks that must fit a multiprocessor: at most 128 registers a thread. Without it ptxas aims at 64 and spills.
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -211,11 +200,11 @@ struct TypedBranch {
 };
 
 // Which image a block works on, and which of the blocks of that image it is.
-struct Place {
+struct Portion {
     int64_t image;
     int64_t part;
 
-    __device__ __forceinline__ explicit Place(unsigned blocks_per_image)
+    __device__ __forceinline__ explicit Portion(unsigned blocks_per_image)
         : image(blockIdx.x / blocks_per_image), part(blockIdx.x % blocks_per_image) {}
 };
 

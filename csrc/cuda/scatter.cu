@@ -24,8 +24,8 @@ template <typename T, typename P, typename L>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     scatter_kernel(Shape s, Tokens x, const int64_t* indices, const T* tokens, TypedBranch<T, P> branch, T* out,
                    int64_t out_batch_stride, int64_t out_token_stride, unsigned blocks_per_image) {
-    const Place place(blocks_per_image);
-    const int64_t b = place.image, row = place.part * L::kRows + L::row();
+    const Portion portion(blocks_per_image);
+    const int64_t b = portion.image, row = portion.part * L::kRows + L::row();
     const int64_t* indices_b = indices + b * s.n;
     const bool in_place = x.data == out;
     if (row >= (in_place ? s.n : s.T)) return;
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 
 }  // namespace
 
-const char* scatter_tokens(DType dtype, DType parameters, Shape s, Tokens x, const int64_t* indices,
-                           const void* tokens, Branch branch, void* out, int64_t out_batch_stride,
-                           int64_t out_token_stride, Launch launch) {
+const char* scatter_tokens(DType dtype, DType parameters, Shape s, Tokens x, const int64_t* indices, const void* tokens,
+                           Branch branch, void* out, int64_t out_batch_stride, int64_t out_token_stride,
+                           Launch launch) {
     const int64_t rows = x.data == out ? s.n : s.T;
     if (s.B == 0 || rows == 0 || s.C == 0) return nullptr;
     return with_types(dtype, parameters, [&](auto token, auto parameter) {

@@ -14,9 +14,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     score_kernel(Shape s, Tokens x, const P* direction, TypedNorm<acc_t<T>, P> norm, acc_t<T>* scores, int rows,
                  unsigned blocks_per_image) {
     using A = acc_t<T>;
-    const Place place(blocks_per_image);
-    const int64_t b = place.image;
-    const int64_t first = (place.part * L::kRows + L::row()) * rows;
+    const Portion portion(blocks_per_image);
+    const int64_t b = portion.image;
+    const int64_t first = (portion.part * L::kRows + L::row()) * rows;
     const int64_t last = min(first + rows, s.T);
     if (first >= last) return;
     const int C = static_cast<int>(s.C);
@@ -71,8 +71,8 @@ const char* token_scores(DType dtype, DType parameters, Shape s, Tokens x, const
     return with_types(dtype, parameters, [&](auto token, auto parameter) {
         using T = typename decltype(token)::type;
         using P = typename decltype(parameter)::type;
-        const bool full = full_width<T>(s.C, {x.data, direction, norm.weight, norm.bias},
-                                        {x.batch_stride, x.token_stride});
+        const bool full =
+            full_width<T>(s.C, {x.data, direction, norm.weight, norm.bias}, {x.batch_stride, x.token_stride});
         return on_device(launch, [&](cudaStream_t stream) {
             with_layout<T>(s.C, full, [&](auto layout) {
                 using L = decltype(layout);

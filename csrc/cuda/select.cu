@@ -54,7 +54,9 @@ __device__ __forceinline__ void select_image(const A* scores, int N, int64_t kee
     }
 
     const auto above_mask = [&](int j, Key key) { return __ballot_sync(kAllLanes, j < end && key > search.threshold); };
-    const auto equal_mask = [&](int j, Key key) { return __ballot_sync(kAllLanes, j < end && key == search.threshold); };
+    const auto equal_mask = [&](int j, Key key) {
+        return __ballot_sync(kAllLanes, j < end && key == search.threshold);
+    };
     int above = 0, equal = 0;
     each_key([&](int j, Key key) {
         above += __popc(above_mask(j, key));
@@ -103,9 +105,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
                               int64_t* indices, T* normed, int slice_rows, unsigned slices) {
     using A = acc_t<T>;
     __shared__ int tokens[kSliceRows];
-    const Place place(slices);
-    const int64_t b = place.image;
-    const int first = static_cast<int>(place.part) * slice_rows;
+    const Portion portion(slices);
+    const int64_t b = portion.image;
+    const int first = static_cast<int>(portion.part) * slice_rows;
     const int rows = min(slice_rows, static_cast<int>(s.n) - first);
     const auto write = [&](int position, int t) {
         if (position >= first && position < first + rows) {
@@ -149,7 +151,8 @@ const char* select_gather_norm(DType dtype, DType parameters, Shape s, int64_t p
     return with_types(dtype, parameters, [&](auto token, auto parameter) {
         using T = typename decltype(token)::type;
         using P = typename decltype(parameter)::type;
-        const bool full = full_width<T>(s.C, {x.data, norm.weight, norm.bias, normed}, {x.batch_stride, x.token_stride});
+        const bool full =
+            full_width<T>(s.C, {x.data, norm.weight, norm.bias, normed}, {x.batch_stride, x.token_stride});
         return on_device(launch, [&](cudaStream_t stream) {
             with_layout<T>(s.C, full, [&](auto layout) {
                 using L = decltype(layout);

@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return Linear(None, weight, bias, True, onednn_is_faster())(x)
 
 
-def linear_gelu(x: Tensor, layer: Linear, approximate: str) -> Tensor:
+def linear_then_gelu(x: Tensor, layer: Linear, approximate: str) -> Tensor:
     """``F.gelu(layer(x), approximate=approximate)`` of a plain layer."""
     weight = layer.weight
     assert weight is not None
@@ -97,7 +97,7 @@ def linear_gelu(x: Tensor, layer: Linear, approximate: str) -> Tensor:
     return F.gelu(hidden, approximate=approximate)
 
 
-class _GeluLinear(torch.autograd.Function):
+class _GeluThenLinear(torch.autograd.Function):
     """``F.linear(F.gelu(x), weight, bias)`` that keeps x alone for the backward, where it computes GELU again.
 
     The hidden layer of an MLP is four times as wide as its input: half of what training a block holds.
@@ -125,15 +125,15 @@ class _GeluLinear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if of_bias else None, None
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+def gelu_then_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """``F.linear(F.gelu(x), weight, bias)`` while gradients are recorded, holding x alone."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype is not torch.get_autocast_dtype(device):
         return F.linear(F.gelu(x, approximate=approximate), weight, bias)  # the product has another type than x
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return _GeluLinear.apply(x, weight, bias, approximate)
+    return _GeluThenLinear.apply(x, weight, bias, approximate)
 
 
 def recompute_gelu() -> bool:
-    """Whether ``gelu_linear`` is to be called. A compiler decides by itself what to compute again."""
+    """Whether ``gelu_then_linear`` is to be called. A compiler decides by itself what to compute again."""
     return torch.is_grad_enabled() and not is_compiling() and not ops.transformed()

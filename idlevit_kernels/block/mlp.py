@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import Linear, gelu_linear, linear_gelu, recompute_gelu
+from .linear import Linear, gelu_then_linear, linear_then_gelu, recompute_gelu
 from .parts import Watch, find_linear, find_optional
 
 
@@ -34,9 +34,9 @@ class Mlp:
         if gelu is None or self.drop1 is not None or self.norm is not None:
             out = fc2(self._hidden(y))
         elif torch.is_grad_enabled() and fc2.plain and fc2.weight is not None and recompute_gelu():
-            out = gelu_linear(fc1(y), fc2.weight, fc2.bias, gelu)
+            out = gelu_then_linear(fc1(y), fc2.weight, fc2.bias, gelu)
         elif fc1.plain and fc1.weight is not None:
-            out = fc2(linear_gelu(y, fc1, gelu))
+            out = fc2(linear_then_gelu(y, fc1, gelu))
         else:
             out = fc2(self.act(fc1(y)))
         return out if self.drop2 is None else self.drop2(out)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..train.engine import Options
-from ..train.task import Place, evaluate_run
+from ..train.task import Resources, evaluate_run
 from .options import DataDir, Device, Download, OnBadImage, Threads, ValSplit, Workers, recipe_options, skips
 from .shared import bad_input, failed_run
 
@@ -35,4 +35,6 @@ def evaluate(
     """Accuracy and images per second of a model, dense and idle side by side. Runs under torchrun, too."""
     with bad_input(), failed_run():
         options = Options(workers=workers, skip_unreadable=skips("eval", on_bad_image))
-        evaluate_run(source, given, ratios or [], ema, options, Place(data_dir, download, val_split, device, threads))
+        evaluate_run(
+            source, given, ratios or [], ema, options, Resources(data_dir, download, val_split, device, threads)
+        )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..train.engine import Options
-from ..train.task import Place
+from ..train.task import Resources
 from ..train.task import train as run_training
 from .options import DataDir, Device, Download, OnBadImage, Threads, ValSplit, Workers, recipe_options, skips
 from .shared import bad_input, failed_run
@@ -40,4 +40,4 @@ def train(
     with bad_input(), failed_run():
         skip = skips("train", on_bad_image)
         options = Options(output, workers, checkpoint_steps, skip_unreadable=skip, compile=compiled)
-        run_training(given, options, Place(data_dir, download, val_split, device, threads), resume)
+        run_training(given, options, Resources(data_dir, download, val_split, device, threads), resume)

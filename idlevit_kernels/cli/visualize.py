@@ -11,7 +11,7 @@ from ..deploy.pictures import visualize as draw
 from ..errors import value_error
 from ..models import apply_idle
 from ..schedule import read_schedule
-from ..train.task import Place, load_run, open_run_data, some_images
+from ..train.task import Resources, load_run, open_run_data, some_images
 from .options import KEEP_RATIO, MODEL, PRETRAINED, SCHEDULE, WEIGHTS, DataDir, Download, ValSplit
 from .shared import bad_input, dense_and_idle, failed_run
 
@@ -62,7 +62,7 @@ def visualize(
                 raise value_error("visualize", "keep_ratio", "given: the run trained a dense model", None)
             idle = apply_idle(dense.eval().requires_grad_(False), **(given or recipe.idle))
             if not images:
-                images = some_images(open_run_data(recipe, Place(data_dir, download, val_split)), _DRAWN)
+                images = some_images(open_run_data(recipe, Resources(data_dir, download, val_split)), _DRAWN)
         draw(idle, images).savefig(output)
     trained = run is not None or weights is not None or pretrained
     print(

@@ -1,4 +1,4 @@
-"""Dense timm against IdleViT and its peers: throughput of the model, and one idle block over its dense floor."""
+"""Dense timm against IdleViT and its peers: throughput of whole models, and of an idle block beside a dense one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModelRow:
 
 @dataclasses.dataclass(frozen=True)
 class BlockRow:
-    """The idle block named ``block`` on [B, T, C] and timm's dense block on [B, P + K, C], its floor, in eager mode."""
+    """The idle block named ``block`` on [B, T, C] and timm's dense block on [B, P + K, C], in eager mode."""
 
     batch: int
     keep_ratio: float | None  # of the model; None for a schedule
@@ -247,8 +247,8 @@ class ModelBenchmark:
             num_keep = num_kept(idle.keep, num_tokens - num_prefix)
             rope = given.named.get("rope")
             kept = {} if rope is None else {"rope": rope[..., :num_keep, :]}
-            floor = BlockInput((batch, num_prefix + num_keep, channels), named=kept)
-            calls = {"idle": given.rotating(idle), "dense": floor.rotating(dense)}
+            computed = BlockInput((batch, num_prefix + num_keep, channels), named=kept)
+            calls = {"idle": given.rotating(idle), "dense": computed.rotating(dense)}
             share = seconds * cost / sum(costs)
             steps.begin(f"batch {batch}, blocks", share)
             timings = alternate(calls, share, _MIN_ROUNDS, self.device, steps)
@@ -275,7 +275,7 @@ class _Steps:
 def _first_of_each_stage(model: nn.Module) -> list[tuple[str, IdleBlock]]:
     """Name and module of the first idle block of each keep ratio; none in a pyramid, whose blocks see a grid.
 
-    Their floor is no dense block on fewer tokens.
+    What they compute is not a dense block on fewer tokens.
     """
     stages: dict[float, tuple[str, IdleBlock]] = {}
     for name, block in idle_blocks(model).items():

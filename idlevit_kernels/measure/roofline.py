@@ -29,7 +29,7 @@ from .tables import console_for
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class BlockSize:
     """B images of T tokens with C channels and H heads, n of them computed (prefix tokens included)."""
 
     B: int
@@ -79,10 +79,10 @@ GPUS = (
 )
 
 
-def idle_block_steps(shape: Shape, fused_gelu: bool = False, inplace: bool = False) -> list[Step]:
+def idle_block_steps(size: BlockSize, fused_gelu: bool = False, inplace: bool = False) -> list[Step]:
     """The chain of ``idle_block`` with fused kernels; ``inplace`` writes the kept rows only."""
-    B, T, C = shape.B, shape.T, shape.C
-    sizes = Sizes(B, T, shape.n, C, shape.dtype)
+    B, T, C = size.B, size.T, size.C
+    sizes = Sizes(B, T, size.n, C, size.dtype)
 
     def step(op: Op[..., Any], flops: int = 0, kernels: int = 1) -> Step:
         return Step(op.name, flops, op.bytes_moved(sizes), kernels)
@@ -94,49 +94,49 @@ def idle_block_steps(shape: Shape, fused_gelu: bool = False, inplace: bool = Fal
         step(ops.cls_direction, 2 * macs((B, T, C), None, None, None, (3 * C, C), None), kernels=3),
         step(ops.token_scores),
         step(ops.select_gather_norm),
-        *_attention(shape),
+        *_attention(size),
         step(ops.gather_add_norm),
-        *_mlp(shape, fused_gelu),
+        *_mlp(size, fused_gelu),
         step(ops.scatter_add_tokens_ if inplace else ops.scatter_add_tokens),
     ]
 
 
-def dense_block_steps(shape: Shape, fused_gelu: bool = False) -> list[Step]:
-    """timm's block on [B, n, C] in eager mode: the floor that an idle block is compared with."""
-    rows = shape.B * shape.n * shape.C * shape.dtype.itemsize
-    norm = 2 * rows + 2 * shape.C * shape.dtype.itemsize
+def dense_block_steps(size: BlockSize, fused_gelu: bool = False) -> list[Step]:
+    """timm's block on [B, n, C] in eager mode, which an idle block is compared with."""
+    rows = size.B * size.n * size.C * size.dtype.itemsize
+    norm = 2 * rows + 2 * size.C * size.dtype.itemsize
     return [
         Step("norm1", 0, norm),
-        *_attention(shape),
+        *_attention(size),
         Step("add", 0, 3 * rows),
         Step("norm2", 0, norm),
-        *_mlp(shape, fused_gelu),
+        *_mlp(size, fused_gelu),
         Step("add", 0, 3 * rows),
     ]
 
 
-def _linear(name: str, shape: Shape, inputs: int, outputs: int) -> Step:
-    tokens = shape.B * shape.n
+def _linear_step(name: str, size: BlockSize, inputs: int, outputs: int) -> Step:
+    tokens = size.B * size.n
     elements = tokens * (inputs + outputs) + (inputs + 1) * outputs
-    return Step(name, 2 * tokens * inputs * outputs, elements * shape.dtype.itemsize)
+    return Step(name, 2 * tokens * inputs * outputs, elements * size.dtype.itemsize)
 
 
-def _attention(shape: Shape) -> list[Step]:
-    B, n, C = shape.B, shape.n, shape.C
+def _attention(size: BlockSize) -> list[Step]:
+    B, n, C = size.B, size.n, size.C
     return [
-        _linear("qkv", shape, C, 3 * C),
-        Step("attention", 4 * B * n * n * C, 4 * B * n * C * shape.dtype.itemsize),  # its logits stay on the chip
-        _linear("proj", shape, C, C),
+        _linear_step("qkv", size, C, 3 * C),
+        Step("attention", 4 * B * n * n * C, 4 * B * n * C * size.dtype.itemsize),  # its logits stay on the chip
+        _linear_step("proj", size, C, C),
     ]
 
 
-def _mlp(shape: Shape, fused_gelu: bool) -> list[Step]:
-    hidden = shape.mlp_ratio * shape.C
-    fc1 = _linear("fc1 + GELU", shape, shape.C, hidden)
+def _mlp(size: BlockSize, fused_gelu: bool) -> list[Step]:
+    hidden = size.mlp_ratio * size.C
+    fc1 = _linear_step("fc1 + GELU", size, size.C, hidden)
     if not fused_gelu:
-        gelu = 2 * shape.B * shape.n * hidden * shape.dtype.itemsize
+        gelu = 2 * size.B * size.n * hidden * size.dtype.itemsize
         fc1 = dataclasses.replace(fc1, bytes=fc1.bytes + gelu, kernels=2)
-    return [fc1, _linear("fc2", shape, hidden, shape.C)]
+    return [fc1, _linear_step("fc2", size, hidden, size.C)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +151,10 @@ class Prediction:
         return self.idle / self.dense
 
 
-def predict(shape: Shape, device: Device, inplace: bool = False) -> Prediction:
-    # timm's own block, the floor, calls GELU as a module wherever it runs.
-    idle = device.seconds(idle_block_steps(shape, device.fuses_gelu, inplace))
-    return Prediction(idle, device.seconds(dense_block_steps(shape)))
+def predict(size: BlockSize, device: Device, inplace: bool = False) -> Prediction:
+    # timm's own block calls GELU as a module wherever it runs.
+    idle = device.seconds(idle_block_steps(size, device.fuses_gelu, inplace))
+    return Prediction(idle, device.seconds(dense_block_steps(size)))
 
 
 # The CPU: peaks are measured, for nobody publishes them for the cores and threads at hand.
@@ -188,15 +188,15 @@ def measure_cpu(copied_bytes: int, seconds: float = 1.0) -> Device:
 
 
 @torch.inference_mode()
-def measure_block(shape: Shape, seconds: float = 2.0) -> dict[str, Timing]:
+def measure_block(size: BlockSize, seconds: float = 2.0) -> dict[str, Timing]:
     """Times of ``idle`` and ``dense`` on the CPU: an idle block on [B, T, C], timm's block on [B, n, C]."""
     from timm.models.vision_transformer import Block
 
-    block = Block(shape.C, shape.H, mlp_ratio=shape.mlp_ratio, qkv_bias=True).eval().to(shape.dtype)
-    tokens = [torch.randn(shape.B, shape.T, shape.C, dtype=shape.dtype) for _ in range(3)]
-    kept = [x[:, : shape.n].contiguous() for x in tokens]
+    block = Block(size.C, size.H, mlp_ratio=size.mlp_ratio, qkv_bias=True).eval().to(size.dtype)
+    tokens = [torch.randn(size.B, size.T, size.C, dtype=size.dtype) for _ in range(3)]
+    kept = [x[:, : size.n].contiguous() for x in tokens]
     calls = {
-        "idle": rotating(lambda x: idle_block(x, block, shape.n - 1), tokens),
+        "idle": rotating(lambda x: idle_block(x, block, size.n - 1), tokens),
         "dense": rotating(block, kept),
     }
     return alternate(calls, seconds)
@@ -207,9 +207,9 @@ def measure_block(shape: Shape, seconds: float = 2.0) -> dict[str, Timing]:
 _DEIT_S = {"T": 197, "C": 384, "H": 6}
 
 
-def deit_s(batch: int, stage: int, keep_ratio: float = 0.7, dtype: torch.dtype = torch.bfloat16) -> Shape:
+def deit_s(batch: int, stage: int, keep_ratio: float = 0.7, dtype: torch.dtype = torch.bfloat16) -> BlockSize:
     """An idle layer of DeiT-S: stage 1, 2 or 3 keeps r, r^2 or r^3 of its image tokens."""
-    return Shape(batch, n=1 + num_kept(keep_ratio**stage, _DEIT_S["T"] - 1), dtype=dtype, **_DEIT_S)
+    return BlockSize(batch, n=1 + num_kept(keep_ratio**stage, _DEIT_S["T"] - 1), dtype=dtype, **_DEIT_S)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -219,12 +219,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def steps_table(shape: Shape, devices: Sequence[Device], inplace: bool) -> Table:
-    dtype = str(shape.dtype).removeprefix("torch.")
-    title = f"Steps of an idle block, B = {shape.B}, T = {shape.T}, n = {shape.n}, C = {shape.C}, {dtype}"
+def steps_table(size: BlockSize, devices: Sequence[Device], inplace: bool) -> Table:
+    dtype = str(size.dtype).removeprefix("torch.")
+    title = f"Steps of an idle block, B = {size.B}, T = {size.T}, n = {size.n}, C = {size.C}, {dtype}"
     table = _table(title, "step", "kernels", "GFLOP", "MB", *(f"{d.name}\nus" for d in devices))
-    steps = idle_block_steps(shape, inplace=inplace)
-    dense = dense_block_steps(shape)
+    steps = idle_block_steps(size, inplace=inplace)
+    dense = dense_block_steps(size)
     for name, group in [*((s.name, [s]) for s in steps), ("idle block", steps), ("dense block on n tokens", dense)]:
         if name == "idle block":
             table.add_section()
@@ -234,55 +234,55 @@ def steps_table(shape: Shape, devices: Sequence[Device], inplace: bool) -> Table
     return table
 
 
-def overhead_table(shapes: Sequence[Shape], devices: Sequence[Device], inplace: bool) -> Table:
+def overhead_table(sizes: Sequence[BlockSize], devices: Sequence[Device], inplace: bool) -> Table:
     columns = (f"{d.name}\nidle / dense us = overhead" for d in devices)
     table = _table("Idle block over the dense block on its n tokens, predicted", "batch", "n", *columns)
-    for shape in shapes:
-        found = (predict(shape, device, inplace) for device in devices)
+    for size in sizes:
+        found = (predict(size, device, inplace) for device in devices)
         cells = (f"{1e6 * p.idle:.1f} / {1e6 * p.dense:.1f} = {p.overhead:.3f}" for p in found)
-        table.add_row(str(shape.B), str(shape.n), *cells)
+        table.add_row(str(size.B), str(size.n), *cells)
     return table
 
 
-def cpu_table(shapes: Sequence[Shape], seconds: float | None) -> Table:
-    """The CPU's prediction and, with ``seconds`` for each shape, the measurement beside it (medians)."""
+def cpu_table(sizes: Sequence[BlockSize], seconds: float | None) -> Table:
+    """The CPU's prediction and, with ``seconds`` for each size, the measurement beside it (medians)."""
     measured = ("idle ms\nmeasured", "dense ms\nmeasured", "overhead\nmeasured") if seconds else ()
     table = _table(
         f"This CPU, float32, {torch.get_num_threads()} threads: DeiT-S predicted from rates measured now",
         *("batch", "n", "GFLOP/s", "GB/s", "us a call", "idle ms", "dense ms", "overhead", *measured),
     )
     devices: dict[int, Device] = {}
-    for shape in shapes:
-        if shape.B not in devices:
-            devices[shape.B] = measure_cpu(4 * shape.B * shape.T * shape.C)
-        device = devices[shape.B]
-        p = predict(shape, device)
+    for size in sizes:
+        if size.B not in devices:
+            devices[size.B] = measure_cpu(4 * size.B * size.T * size.C)
+        device = devices[size.B]
+        p = predict(size, device)
         rates = (f"{device.flops / 1e9:.0f}", f"{device.bandwidth / 1e9:.1f}", f"{1e6 * device.launch:.1f}")
         cells = [*rates, f"{1e3 * p.idle:.2f}", f"{1e3 * p.dense:.2f}", f"{p.overhead:.3f}"]
         if seconds:
-            timings = measure_block(shape, seconds)
+            timings = measure_block(size, seconds)
             idle, dense = timings["idle"].median, timings["dense"].median
             cells += [f"{1e3 * idle:.2f}", f"{1e3 * dense:.2f}", f"{idle / dense:.3f}"]
-        table.add_row(str(shape.B), str(shape.n), *cells)
+        table.add_row(str(size.B), str(size.n), *cells)
     return table
 
 
 def main(
     measure: Annotated[bool, typer.Option("--measure", help="Time the blocks on this CPU as well.")] = False,
-    seconds: Annotated[float, typer.Option(help="Of measuring, for each shape.", min=0.1)] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Of measuring, for each size.", min=0.1)] = 2.0,
     batch: Annotated[list[int], typer.Option(help="Repeat it for several.", min=1)] = [1, 8, 32, 256],  # noqa: B006
     inplace: Annotated[bool, typer.Option("--inplace", help="The block writes into its input (GPUs).")] = False,
 ) -> None:
     """Prints what the idle block of DeiT-S must cost on several devices (keep ratio 0.7, its three stages)."""
-    shapes = [deit_s(b, stage) for b in batch for stage in (1, 2, 3)]
-    on_gpus = steps_table(shapes[-3], GPUS, inplace), overhead_table(shapes, GPUS, inplace)
+    sizes = [deit_s(b, stage) for b in batch for stage in (1, 2, 3)]
+    on_gpus = steps_table(sizes[-3], GPUS, inplace), overhead_table(sizes, GPUS, inplace)
     console = console_for(*on_gpus)
     console.print(*on_gpus, sep="\n")
     console.print(
         f"GPUs: bfloat16, published peaks, and {1e6 * _GPU_LAUNCH:g} us for each kernel (assumed). Not measured.\n",
         style="dim",
     )
-    on_cpu = [dataclasses.replace(shape, dtype=torch.float32) for shape in shapes]
+    on_cpu = [dataclasses.replace(size, dtype=torch.float32) for size in sizes]
     table = cpu_table(on_cpu, seconds if measure else None)
     console_for(table).print(table)
 

@@ -1,4 +1,4 @@
-"""Tables on the screen in which no number is cut."""
+"""Tables on the screen in which no number is shortened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WIDEST = 1000
 
 
 def console_for(*tables: Table) -> Console:
-    """A console as wide as the terminal, or wider where a table needs it: the terminal wraps a line, Rich cuts it."""
+    """A console as wide as the terminal, or wider where a table needs it: the terminal wraps lines, Rich shortens."""
     console = Console(highlight=False)
     options = console.options.update(max_width=_WIDEST)
     needed = max(Measurement.get(console, options, table).maximum for table in tables)

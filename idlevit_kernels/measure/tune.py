@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -98,16 +97,7 @@ def tune_schedule(
             message says what the fastest reaches.
     """
     op = "tune"
-    if target.kind not in ("ms", "speedup", "macs"):
-        raise value_error(op, "target.kind", "ms, speedup or macs", target.kind)
-    if isinstance(target.value, bool) or not isinstance(target.value, (int, float)):
-        raise type_error(op, f"target-{target.kind}", "a number above 0", target.value)
-    if not target.value > 0:
-        raise value_error(op, f"target-{target.kind}", "above 0", target.value)
-    if batch < 1:
-        raise value_error(op, "batch", "at least 1", batch)
-    if not seconds > 0:
-        raise value_error(op, "seconds", "above 0", seconds)
+    _check_arguments(op, target, batch, seconds)
     found = find_encoders(op, model)
     if len(found) > 1:
         raise value_error(op, "model", "one with one encoder; tune each by itself", Words(f"one with {len(found)}"))
@@ -125,15 +115,14 @@ def tune_schedule(
     scorer = check_scorer(op, family.default_scorer(place) if scorer == "auto" else scorer, prefix)
     depth = len(blocks)
 
-    tokens = random_inputs(inputs[depth // 2].shape, like)
-
-    def at(num_keep: int) -> Callable[[], Any]:
+    def middle_block(num_keep: int) -> nn.Module:
         (ratio,) = _ratios([num_keep], num_tokens)
-        return inputs[depth // 2].rotating(IdleBlock(blocks[depth // 2], ratio, prefix, scorer, select=select), tokens)
+        return IdleBlock(blocks[depth // 2], ratio, prefix, scorer, select=select)
 
+    tokens = random_inputs(inputs[depth // 2].shape, like)
     with evaluation(model):
         measured = alternate(
-            {num_keep: at(num_keep) for num_keep in token_counts(num_tokens, prefix)},
+            {k: inputs[depth // 2].rotating(middle_block(k), tokens) for k in token_counts(num_tokens, prefix)},
             _STAIRCASE_SHARE * seconds,
             device=like.device,
             on_progress=lambda done: on_progress("block", _STAIRCASE_SHARE * done),
@@ -164,13 +153,7 @@ def tune_schedule(
         return timings
 
     if target.kind == "macs":
-        # A layer's share of the whole; the embedding and the classifier are the same in all.
-        costs = {k: count_macs(make_idle([k] * depth), size).total / depth for k in counts}
-        kept = fill(costs, counts, depth, target.value)
-        if kept is None:
-            least = sum(costs[k] for k in fastest(counts, depth))
-            expected = f"at least {least / 1e9:.3f} G, which the fewest tokens need"
-            raise value_error(op, "target-macs", expected, Words(f"{target.value / 1e9:.3f} G"))
+        kept = _meet_macs(op, target, counts, depth, lambda num_keep: count_macs(make_idle(num_keep), size).total)
         timings = measure(kept)
         macs = count_macs(make_idle(kept), size).total
         reached, deviation = float(macs), macs / target.value - 1
@@ -191,6 +174,33 @@ def tune_schedule(
         staircase=measured,
         steps=counts,
     )
+
+
+def _check_arguments(op: str, target: Target, batch: int, seconds: float) -> None:
+    if target.kind not in ("ms", "speedup", "macs"):
+        raise value_error(op, "target.kind", "ms, speedup or macs", target.kind)
+    if isinstance(target.value, bool) or not isinstance(target.value, (int, float)):
+        raise type_error(op, f"target-{target.kind}", "a number above 0", target.value)
+    if not target.value > 0:
+        raise value_error(op, f"target-{target.kind}", "above 0", target.value)
+    if batch < 1:
+        raise value_error(op, "batch", "at least 1", batch)
+    if not seconds > 0:
+        raise value_error(op, "seconds", "above 0", seconds)
+
+
+def _meet_macs(
+    op: str, target: Target, counts: Sequence[int], depth: int, macs: Callable[[Sequence[int]], int]
+) -> list[int]:
+    """The schedule with the most tokens within the target; ``macs`` counts those of a whole model."""
+    # A layer's share of the whole; the embedding and the classifier are the same in all.
+    costs = {k: macs([k] * depth) / depth for k in counts}
+    kept = fill(costs, counts, depth, target.value)
+    if kept is None:
+        least = sum(costs[k] for k in fastest(counts, depth))
+        expected = f"at least {least / 1e9:.3f} G, which the fewest tokens need"
+        raise value_error(op, "target-macs", expected, Words(f"{target.value / 1e9:.3f} G"))
+    return kept
 
 
 def _meet_latency(

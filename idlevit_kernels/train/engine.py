@@ -106,8 +106,6 @@ class Trainer:
         teacher: nn.Module | None = None,
         options: Options | None = None,
     ):
-        from timm.data import Mixup
-        from timm.loss import SoftTargetCrossEntropy
         from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
         from timm.utils import ModelEmaV3
@@ -133,13 +131,7 @@ class Trainer:
         if self.world.size > 1:
             ids = [device.index] if device.type == "cuda" else None
             self._net = DistributedDataParallel(self._net, device_ids=ids)
-        self._mixup = None
-        base: nn.Module = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-        if recipe.mixes:  # makes soft targets, smoothed
-            self._mixup = Mixup(
-                recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=data.num_classes
-            )
-            base = SoftTargetCrossEntropy()
+        self._mixup, base = _mixup_and_loss(recipe, data.num_classes)
         self.criterion = IdleViTLoss(base, cut_weight, recipe.distill_weight if self.teacher is not None else 0.0)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = create_optimizer_v2(model, "adamw", lr=recipe.scaled_lr, weight_decay=recipe.weight_decay)
@@ -422,6 +414,17 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _mixup_and_loss(recipe: Recipe, num_classes: int) -> tuple[Any, nn.Module]:
+    """What mixes a batch, if anything does, and the loss on the labels that then come out."""
+    from timm.data import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+
+    if not recipe.mixes:
+        return None, nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=num_classes)
+    return mixup, SoftTargetCrossEntropy()  # it makes soft targets, smoothed
 
 
 def autocast(device: torch.device, dtype: str) -> Any:

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Resources:
     """Where a run takes its images from and what it runs on.
 
     Attributes:
@@ -49,7 +49,7 @@ class Place:
     seconds: float = 2.0
 
 
-def train(given: dict[str, Any], options: Options, place: Place, resume: str | None = None) -> list[Row]:
+def train(given: dict[str, Any], options: Options, resources: Resources, resume: str | None = None) -> list[Row]:
     """Trains by the recipe for ``given``; under torchrun, together with the other processes.
 
     Where the recipe starts from "dense" weights, the dense model is trained first, in ``dense`` of the output.
@@ -66,12 +66,12 @@ def train(given: dict[str, Any], options: Options, place: Place, resume: str | N
         Stopped, NonFiniteLoss, UnreadableImage: see ``Trainer.fit``.
     """
     recipe = recipe_for(given)
-    world = _join(place)
+    world = _join(resources)
     console = Console(stderr=True, quiet=not world.first)
     try:
         _check_output(options.output, resume, world)
         torch.manual_seed(recipe.seed + world.rank)
-        data = open_run_data(recipe, place)
+        data = open_run_data(recipe, resources)
         start: str | None = recipe.weights
         if recipe.weights == "dense":
             first = recipe_for({**given, "keep_ratio": 1.0, "weights": "none"}, only=("data", "model", "seed", "dtype"))
@@ -100,7 +100,7 @@ def train(given: dict[str, Any], options: Options, place: Place, resume: str | N
             models["idle, before"] = apply_idle(copy.deepcopy(dense), **recipe.idle)
         models[f"{name.partition(' ')[0]}, trained"] = trainer.model
         models[f"{name.partition(' ')[0]}, moving average"] = trainer.ema.module
-        rows = compare(models, data, world, recipe.dtype, 2 * trainer.batches.size, options, place.seconds)
+        rows = compare(models, data, world, recipe.dtype, 2 * trainer.batches.size, options, resources.seconds)
         if world.first:
             show(rows, _title(recipe, data, trainer.unreadable))
         return rows
@@ -109,7 +109,12 @@ def train(given: dict[str, Any], options: Options, place: Place, resume: str | N
 
 
 def evaluate_run(
-    source: Path | None, given: dict[str, Any], keep_ratios: list[float], ema: bool, options: Options, place: Place
+    source: Path | None,
+    given: dict[str, Any],
+    keep_ratios: list[float],
+    ema: bool,
+    options: Options,
+    resources: Resources,
 ) -> list[Row]:
     """Accuracy and speed of a model, dense and idle at each keep ratio.
 
@@ -119,17 +124,17 @@ def evaluate_run(
         keep_ratios: by default the one it was trained with.
         ema: take the moving average of the weights.
     """
-    world = _join(place)
+    world = _join(resources)
     try:
         if source is not None:
             recipe, model = load_run("eval", source, given, ema)
-            data = open_run_data(recipe, place)
+            data = open_run_data(recipe, resources)
         else:
             recipe = recipe_for(given)
             if recipe.weights == "dense":
                 expected = "a checkpoint or the directory of a run, or pass --weights"
                 raise value_error("eval", "source", expected, source)
-            data = open_run_data(recipe, place)
+            data = open_run_data(recipe, resources)
             model = create_model(recipe, data.num_classes, None if recipe.weights == "none" else recipe.weights)
         model.eval().requires_grad_(False).to(world.device)
         models = {"dense": model}
@@ -139,7 +144,7 @@ def evaluate_run(
             if check_ratio("eval", ratio) < 1:
                 models[f"idle, {ratio:g}"] = apply_idle(copy.deepcopy(model), ratio)
         batch = max(1, min(64, recipe.batch_size // world.size))
-        rows = compare(models, data, world, recipe.dtype, batch, options, place.seconds)
+        rows = compare(models, data, world, recipe.dtype, batch, options, resources.seconds)
         if world.first:
             show(rows, _title(recipe, data))
         return rows
@@ -215,12 +220,12 @@ def compare(
     ]
 
 
-def _join(place: Place) -> World:
-    set_threads("train", place.threads)
-    return World.join(place.device)
+def _join(resources: Resources) -> World:
+    set_threads("train", resources.threads)
+    return World.join(resources.device)
 
 
-def open_run_data(recipe: Recipe, place: Place) -> Data:
+def open_run_data(recipe: Recipe, resources: Resources) -> Data:
     """The data that the recipe names, as its model wants the images."""
     from timm.data import resolve_model_data_config
     from timm.models import PretrainedCfg, get_pretrained_cfg
@@ -232,7 +237,7 @@ def open_run_data(recipe: Recipe, place: Place) -> Data:
         check_model_name("train", recipe.model)
         known = get_pretrained_cfg(recipe.model) or PretrainedCfg()
         config = resolve_model_data_config(None, pretrained_cfg=known.to_dict())
-    return open_data(recipe, config, place.data_dir, place.download, place.val_split)
+    return open_data(recipe, config, resources.data_dir, resources.download, resources.val_split)
 
 
 def _teacher(recipe: Recipe, data: Data) -> nn.Module:

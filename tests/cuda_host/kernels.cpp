@@ -15,7 +15,8 @@ using idlevit::cuda::Launch;
 #define BRANCH const void *branch, const void *gamma, double scale
 #define LAUNCH int64_t device, std::uintptr_t stream
 #define DTYPE(code) static_cast<DType>(code)
-#define TO Launch{static_cast<int>(device), stream}
+#define TO \
+    Launch { static_cast<int>(device), stream }
 
 extern "C" {
 
@@ -39,8 +40,8 @@ const char* cuda_gather_tokens(int64_t dtype, SHAPE, TOKENS, const int64_t* indi
     return cuda::gather_tokens(DTYPE(dtype), {B, T, n, C}, {x, x_batch, x_token}, indices, out, TO);
 }
 
-const char* cuda_gather_add_norm(int64_t dtype, int64_t parameters, SHAPE, TOKENS, const int64_t* indices, BRANCH,
-                                 NORM, void* tokens, void* normed, LAUNCH) {
+const char* cuda_gather_add_norm(int64_t dtype, int64_t parameters, SHAPE, TOKENS, const int64_t* indices, BRANCH, NORM,
+                                 void* tokens, void* normed, LAUNCH) {
     return cuda::gather_add_norm(DTYPE(dtype), DTYPE(parameters), {B, T, n, C}, {x, x_batch, x_token}, indices,
                                  {branch, gamma, scale}, {weight, bias, eps}, tokens, normed, TO);
 }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
-import timm
 import torch
+from small_models import tiny
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
@@ -21,10 +20,8 @@ pytestmark = [
 ]
 
 
-def idle_vit(**kwargs: Any) -> nn.Module:
-    options = {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 10, **kwargs}
-    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
-    return ik.apply_idle(model, schedule=[1.0, 0.5, 0.5, 0.5])
+def idle_vit() -> nn.Module:
+    return ik.apply_idle(tiny(), schedule=[1.0, 0.5, 0.5, 0.5])
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import timm
 import torch
+from small_models import noisy, tiny
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,14 +24,6 @@ pytestmark = [
 ]
 BACKENDS = ("triton", "cuda")
 LOGITS = 1e-4  # of a model in float32
-
-
-@pytest.fixture
-def full_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -79,14 +71,9 @@ def test_block(C: int, H: int, T: int, num_keep: int, dtype: torch.dtype, inplac
     assert torch.equal(found[idle], before[idle])
 
 
-def tiny(**kwargs: Any) -> nn.Module:
-    options = {"img_size": 64, "depth": 4, "embed_dim": 64, "num_heads": 2, "num_classes": 10, **kwargs}
+def idle_vit(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **options)
-    with torch.no_grad():
-        for p in model.parameters():  # at their start many are zero, and tokens score alike
-            p.add_(torch.randn_like(p), alpha=0.05)
-    return ik.apply_idle(model, schedule=[1.0, 0.7, 0.5, 0.3])
+    return ik.apply_idle(noisy(tiny(**kwargs), 0.05, 0.05), schedule=[1.0, 0.7, 0.5, 0.3])
 
 
 KINDS = [{}, {"class_token": False, "global_pool": "avg"}, {"qk_norm": True, "reg_tokens": 4}, {"init_values": 0.1}]
@@ -95,7 +82,7 @@ KINDS = [{}, {"class_token": False, "global_pool": "avg"}, {"qk_norm": True, "re
 @pytest.mark.parametrize("kwargs", KINDS, ids=str)
 @torch.no_grad()
 def test_model(kwargs: dict[str, Any], backend: str) -> None:
-    model = tiny(**kwargs).eval()
+    model = idle_vit(**kwargs).eval()
     images = torch.randn(3, 3, 64, 64)
     with ik.use_backend("reference"):
         wanted = copy.deepcopy(model).double()(images.double())
@@ -107,7 +94,7 @@ def test_model(kwargs: dict[str, Any], backend: str) -> None:
 @torch.no_grad()
 def test_deit_small(backend: str) -> None:
     """At the size that people use; random weights hardly tell the tokens of random images apart, so these differ."""
-    model = tiny(img_size=224, embed_dim=384, num_heads=6).eval()
+    model = idle_vit(img_size=224, embed_dim=384, num_heads=6).eval()
     images = torch.randn(2, 3, 14, 14).repeat_interleave(16, 2).repeat_interleave(16, 3) + torch.randn(2, 3, 224, 224)
     with ik.use_backend("reference"):
         wanted = copy.deepcopy(model).double()(images.double())
@@ -128,7 +115,7 @@ def check_gradients(found: nn.Module, wanted: nn.Module) -> None:
 
 def test_training(backend: str) -> None:
     """Logits, the token cut loss of every layer and every gradient of ``IdleViTForTraining``."""
-    exact = ik.IdleViTForTraining(tiny()).train().double()
+    exact = ik.IdleViTForTraining(idle_vit()).train().double()
     wrapped = copy.deepcopy(exact).to(DEVICE, torch.float32)
     images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
     with ik.use_backend("reference"):
@@ -145,7 +132,7 @@ def test_training(backend: str) -> None:
 def test_training_under_autocast(backend: str) -> None:
     """Against the reference backend on the same GPU in the same types; half types decide near ties either way, so there
     are none: every token is kept."""
-    wrapped = ik.IdleViTForTraining(ik.apply_idle(ik.remove_idle(tiny()), schedule=[1.0, 0.99, 0.99, 0.99])).train()
+    wrapped = ik.IdleViTForTraining(ik.apply_idle(ik.remove_idle(idle_vit()), schedule=[1.0, 0.99, 0.99, 0.99])).train()
     wrapped, images, labels = wrapped.to(DEVICE), torch.randn(4, 3, 64, 64, device=DEVICE), torch.arange(4).to(DEVICE)
     losses = []
     for name in ("reference", backend):
@@ -160,7 +147,7 @@ def test_training_under_autocast(backend: str) -> None:
 
 def test_compiled(backend: str) -> None:
     torch._dynamo.reset()
-    model = tiny().eval().to(DEVICE)
+    model = idle_vit().eval().to(DEVICE)
     images = torch.randn(3, 3, 64, 64, device=DEVICE)
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True)(images)
@@ -169,7 +156,7 @@ def test_compiled(backend: str) -> None:
 
 def test_compiled_training(backend: str) -> None:
     torch._dynamo.reset()
-    eager = ik.IdleViTForTraining(tiny()).train()
+    eager = ik.IdleViTForTraining(idle_vit()).train()
     compiled = copy.deepcopy(eager).to(DEVICE)
     images, labels = torch.randn(4, 3, 64, 64), torch.arange(4)
     exact = copy.deepcopy(eager).double()
@@ -183,7 +170,7 @@ def test_compiled_training(backend: str) -> None:
 @torch.no_grad()
 def test_two_streams(backend: str) -> None:
     """Both at work at a time, each on its own images: nothing is shared that should not be."""
-    model = tiny().eval().to(DEVICE)
+    model = idle_vit().eval().to(DEVICE)
     images = [torch.randn(8, 3, 64, 64, device=DEVICE) for _ in range(2)]
     wanted = [model(x) for x in images]
     streams = [torch.cuda.Stream() for _ in images]

@@ -5,11 +5,11 @@ Run with ``pytest -m gpu``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from arguments import copy, op_with_grad
 from torch import Tensor
 
 import idlevit_kernels as ik
@@ -29,33 +29,6 @@ DIFFERENTIABLE = tuple(op for op in OPS if RECORDS[op].differentiable)
 REFUSED = "token_cut_loss_backward", torch.float64
 # Enough tokens that a program walks several tiles.
 BATCH = Case(256, 196, 384, 137, dtype=torch.bfloat16)
-
-
-@pytest.fixture
-def full_precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def copy(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a)
-        if isinstance(a, Tensor)
-        else a
-        for a in arguments
-    )
-
-
-def with_grad(op: str, case: Case) -> tuple[Any, ...]:
-    arguments = [
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in make_arguments(op, case, device="cuda")
-    ]
-    if op == "select_gather_norm":
-        arguments[1] = arguments[1].detach()  # selection has no gradient
-    return tuple(arguments)
 
 
 def allowed(op: str, dtype: torch.dtype) -> bool:
@@ -105,7 +78,7 @@ def test_selection(N: int, scores: str) -> None:
 )
 def test_gradients(op: str, dtype: torch.dtype) -> None:
     """Against autograd through the float64 reference."""
-    arguments = with_grad(op, Case(2, 49, 33, 11, P=2, dtype=dtype))
+    arguments = op_with_grad(op, Case(2, 49, 33, 11, P=2, dtype=dtype), "cuda")
     wide = tuple(
         a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, Tensor) and a.is_floating_point() else a
         for a in arguments
@@ -128,7 +101,7 @@ def test_gradients(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     case = Case(2, 9, 6, 4, P=2)
-    arguments = with_grad(op, case) if op in DIFFERENTIABLE else make_arguments(op, case, device="cuda")
+    arguments = op_with_grad(op, case, "cuda") if op in DIFFERENTIABLE else make_arguments(op, case, device="cuda")
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if op == "select_gather_norm":
         tests.pop()  # it adds up all outputs and cannot add floats to indices

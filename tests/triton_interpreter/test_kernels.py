@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import copy, op_with_grad
 from torch import Tensor
 
 import idlevit_kernels as ik
@@ -54,20 +55,6 @@ def check(op: str, actual: list[Tensor], wanted: list[Tensor], dtype: torch.dtyp
 def skip_bfloat16_product(op: str, dtype: torch.dtype) -> None:
     if op.startswith("token_cut_loss") and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter has no product of bfloat16 matrices")
-
-
-def copy(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments)
-
-
-def with_grad(op: str, case: Case) -> tuple[Any, ...]:
-    arguments = [
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in make_arguments(op, case)
-    ]
-    if op == "select_gather_norm":
-        arguments[1] = arguments[1].detach()  # selection has no gradient
-    return tuple(arguments)
 
 
 def test_the_kernels_are_interpreted() -> None:
@@ -252,7 +239,7 @@ def test_token_cut_loss_with_large_logits() -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, dtype: torch.dtype) -> None:
     case = Case(2, 9, 6, 4, P=2, dtype=dtype)
-    arguments = with_grad(op, case) if op in DIFFERENTIABLE and dtype == torch.float32 else make_arguments(op, case)
+    arguments = op_with_grad(op, case) if op in DIFFERENTIABLE and dtype == torch.float32 else make_arguments(op, case)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if op == "select_gather_norm":
         tests.pop()  # it adds up all outputs and cannot add floats to indices
@@ -265,12 +252,12 @@ def test_gradcheck(op: str) -> None:
         result = getattr(ik, op)(*arguments, backend="triton")
         return result[1] if op == "select_gather_norm" else result
 
-    assert torch.autograd.gradcheck(function, with_grad(op, SMALL), fast_mode=True)
+    assert torch.autograd.gradcheck(function, op_with_grad(op, SMALL), fast_mode=True)
 
 
 @pytest.mark.parametrize("op", IN_PLACE)
 def test_gradcheck_in_place(op: str) -> None:
-    x, *rest = with_grad(op, SMALL)
+    x, *rest = op_with_grad(op, SMALL)
     function = lambda x, *a: getattr(ik, op)(x * 1, *a, backend="triton")  # noqa: E731
     assert torch.autograd.gradcheck(function, (x, *rest), fast_mode=True)
 
@@ -278,7 +265,7 @@ def test_gradcheck_in_place(op: str) -> None:
 @pytest.mark.parametrize("op", ["gather_tokens", "scatter_tokens", "expand_tokens"])
 def test_gradgradcheck(op: str) -> None:
     function = lambda *a: getattr(ik, op)(*a, backend="triton") ** 3  # noqa: E731
-    assert torch.autograd.gradgradcheck(function, with_grad(op, SMALL), fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, op_with_grad(op, SMALL), fast_mode=True)
 
 
 def test_results_do_not_change_from_run_to_run() -> None:

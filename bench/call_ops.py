@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from idlevit_kernels import backends, testing
-from idlevit_kernels.testing import Case
+from idlevit_kernels.ops import backends, testing
+from idlevit_kernels.ops.testing import Case
 
 SMALL = (Case(2, 49, 64, 20), Case(3, 196, 384, 137, P=2, dtype=torch.bfloat16, scores="ties"))
 IN_A_BLOCK = ("token_scores", "select_gather_norm", "gather_add_norm", "scatter_add_tokens")
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case in cases:
             for op in ops:
                 given = testing.make_arguments(op, case, device=options.device)
-                reasons = backends.module(backend).reasons(op, given)
+                reasons = backends.named(backend).reasons(op, given)
                 print(f"{backend} {op} {case}: {'; '.join(reasons) or 'called'}", flush=True)
                 for _ in range(0 if reasons else times):
                     testing.run(op, given, backend)

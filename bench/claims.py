@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.info import environment
-from idlevit_kernels.train import Options, Trainer
+from idlevit_kernels.measure.info import run_facts
 from idlevit_kernels.train.checkpoint import write
 from idlevit_kernels.train.data import open_data
+from idlevit_kernels.train.engine import Options, Trainer
 from idlevit_kernels.train.models import create_model
 from idlevit_kernels.train.recipe import recipe_for
 
@@ -187,14 +188,9 @@ def main() -> None:
     files = [_rows_file(work, seed, ratio) for ratio in (1.0, *options.keep_ratios) for seed in seeds]
     runs = [row for file in files for row in json.loads(file.read_text())]
     table = summary(runs)
-    facts = {
-        "command": f"python bench/claims.py --seeds {options.seeds} --epochs {options.epochs}"
-        f" --dense-epochs {options.dense_epochs}",
-        "data": "scikit-learn digits on a 12 x 12 canvas, 1198 images for training, 599 at two places for validation",
-        "environment": environment(),
-        "summary": table,
-        "runs": runs,
-    }
+    data = "scikit-learn digits on a 12 x 12 canvas, 1198 images for training, 599 at two places for validation"
+    facts = run_facts(["python", "bench/claims.py", *sys.argv[1:]], torch.device("cpu"), data=data)
+    facts |= {"summary": table, "runs": runs}
     options.output.mkdir(parents=True, exist_ok=True)
     write(options.output / "claims.json", (json.dumps(facts, indent=1) + "\n").encode())
     with open(options.output / "claims.csv", "w", newline="") as file:

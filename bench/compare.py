@@ -17,7 +17,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from idlevit_kernels.tables import console_for
+from idlevit_kernels.measure.tables import console_for
 
 Key = tuple[int, str, str, bool]
 Spread = tuple[float, float, float]  # 20th percentile, median, 80th percentile

@@ -1,8 +1,8 @@
 """A benchmark here measures all forms of one thing in alternation, then shows each as a row of pytest-benchmark's.
 
 pytest-benchmark measures one test after the other, so on a machine that does anything else its rows do not compare.
-Here the first test of a group times the forms of the whole group in turns (``idlevit_kernels.timing``); each test then
-replays its own samples to pytest-benchmark, on a clock that only these samples move, for its table and its JSON.
+Here the first test of a group times the forms of the whole group in turns (``block/timing.py``); each test then replays
+its own samples to pytest-benchmark, on a clock that only these samples move, for its table and its JSON.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.timing import Timing
+from idlevit_kernels.block.timing import Timing
+from idlevit_kernels.measure.info import device_name, environment
 
 _now = 0.0
 _environment = functools.cache(environment)

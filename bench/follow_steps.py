@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from idlevit_kernels.backends import cpu_follow
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.reference.follow_form import weight_projection
-from idlevit_kernels.reference.select_spread import select_spread
-from idlevit_kernels.tables import console_for
-from idlevit_kernels.timing import Timing, alternate
+from idlevit_kernels.block.timing import Timing, alternate
+from idlevit_kernels.measure.info import device_name, environment
+from idlevit_kernels.measure.tables import console_for
+from idlevit_kernels.ops.backends import cpu_follow
+from idlevit_kernels.ops.reference.follow_form import weight_projection
+from idlevit_kernels.ops.reference.select_spread import select_spread
 
 MODEL, LAYER, CHANNELS, DIMENSIONS = "deit_small_patch16_224", 5, 384, 32
 SHAPES = {"DeiT-S, batch 8": (8, 196, 120), "DINOv2-S/14 518, batch 1": (1, 1369, 840)}  # B, N, K

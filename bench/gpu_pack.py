@@ -51,7 +51,7 @@ def triton_key(arch: str) -> str:
     if spec is None or spec.origin is None:
         raise SystemExit("gpu_pack: Triton is not installed for this Python")
     library = (Path(spec.origin).parent / "_C" / "libtriton.so").read_bytes()
-    ours = sources("idlevit_kernels/backends/triton/*.py")
+    ours = sources("idlevit_kernels/ops/backends/triton/*.py")
     return digest([arch.encode(), sys.version.encode(), library, *ours])
 
 
@@ -139,11 +139,11 @@ def compiling(arch: str) -> Iterator[None]:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build, driver
 
-    from idlevit_kernels import backends
-    from idlevit_kernels.backends import native
+    from idlevit_kernels.ops import backends
+    from idlevit_kernels.ops.backends import native
+    from idlevit_kernels.ops.backends.triton import TRITON, type_reasons
 
-    token_cut_loss = importlib.import_module("idlevit_kernels.backends.triton.token_cut_loss")
-    ours, reference = backends.module("triton"), backends.module("reference")
+    token_cut_loss = importlib.import_module("idlevit_kernels.ops.backends.triton.token_cut_loss")
     os.environ["TRITON_LIBCUDA_PATH"] = _stub_library()
     build._load_module_from_path = lambda name, path: _Anything()
     native.extension = lambda: None  # the reference computes, and a build for another Python does not matter
@@ -164,14 +164,24 @@ def compiling(arch: str) -> Iterator[None]:
             run(config)
         return configs[0]
 
-    class Both:
-        """In the place of a backend's module."""
+    class Both(backends.Backend):
+        """In the place of any backend."""
 
-        def __getattr__(self, op: str) -> Callable[..., Any]:
-            kernel, result = getattr(ours, op, None), getattr(reference, op)
+        name, device_types = "both", None
+
+        def installed(self) -> list[str]:
+            return []
+
+        def reasons(self, op: str, args: tuple[Any, ...]) -> list[str]:
+            return []
+
+        def kernel(self, op: str) -> Callable[..., Any] | None:
+            kernel, result = TRITON.kernel(op), backends.REFERENCE.kernel(op)
+            if result is None:
+                return None
 
             def both(*args: Any) -> Any:
-                if kernel is not None and not ours.type_reasons(op, {a.dtype for a in args if hasattr(a, "dtype")}):
+                if kernel is not None and not type_reasons(op, {a.dtype for a in args if hasattr(a, "dtype")}):
                     kernel(*args)
                 return result(*args)
 
@@ -179,7 +189,7 @@ def compiling(arch: str) -> Iterator[None]:
 
     triton.runtime.JITFunction.run = compile_only
     token_cut_loss.tuned = all_of_them
-    backends._choose = lambda op, backend, args: Both()
+    backends.choose = lambda op, backend, args: Both()
     with contextlib.suppress(RuntimeError, OSError):
         nvidia.CudaUtils()
     yield
@@ -189,8 +199,8 @@ def _cases(index: int, of: int) -> None:
     """Of ops: those of bench/gpu_steps.py's ``correct`` and of tests/gpu."""
     import torch
 
-    from idlevit_kernels import testing
-    from idlevit_kernels.testing import Case
+    from idlevit_kernels.ops import testing
+    from idlevit_kernels.ops.testing import Case
 
     more = [
         *(Case(2, 49, 33, 11, P=2, dtype=dtype) for dtype in testing.DTYPES),
@@ -215,7 +225,7 @@ def _steps(index: int, of: int) -> None:
     import gpu_steps
     import torch
 
-    from idlevit_kernels.timing import Timing
+    from idlevit_kernels.block.timing import Timing
 
     def once(calls: Any, *_: Any, **__: Any) -> Any:
         for call in calls.values():

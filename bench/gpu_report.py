@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from idlevit_kernels.info import backend_reasons, device_name, environment
+from idlevit_kernels.measure.info import backend_reasons, run_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 150
@@ -50,10 +50,6 @@ def clocks() -> dict[str, str] | None:
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True)
     return dict(zip(fields, done.stdout.strip().split(", "), strict=False)) if done.returncode == 0 else None
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -77,8 +73,8 @@ def run_part(step: Step, seconds: float, device: str, path: Path, part: Mapping[
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin, cache = time.perf_counter(), TritonCache()
-    about = {"device_name": device_name(torch.device(device)), "environment": environment(), "clocks": clocks()}
-    append(path, {"kind": "begin", **part, "date": now(), **about, "backends": backend_reasons()})
+    about = run_facts(["python", *sys.argv], torch.device(device), clocks=clocks(), backends=backend_reasons())
+    append(path, {"kind": "begin", **part, **about})
     error = None
     try:
         step(lambda row: append(path, {"kind": "row", **part, **row}), _TOLD * seconds, torch.device(device))
@@ -227,7 +223,7 @@ def chosen(plans: Mapping[str, Plan], names: str | None) -> dict[str, Plan]:
 def output_folder(given: str | None, smoke: bool) -> Path:
     if given or os.environ.get("OUT"):
         return Path(given or os.environ["OUT"])
-    stamp = now().replace(":", "").replace("+0000", "Z")
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
     return Path(tempfile.mkdtemp(prefix="gpu_report_")) if smoke else ROOT / "bench" / "results" / f"gpu_{stamp}"
 
 

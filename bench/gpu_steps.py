@@ -35,11 +35,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends, roofline, testing
-from idlevit_kernels.latency import random_inputs
-from idlevit_kernels.roofline import Shape
+from idlevit_kernels.block.latency import random_inputs
+from idlevit_kernels.block.timing import Timing, alternate
+from idlevit_kernels.measure import roofline
+from idlevit_kernels.measure.roofline import Shape
+from idlevit_kernels.ops import backends, testing
 from idlevit_kernels.schedule import num_kept
-from idlevit_kernels.timing import Timing, alternate
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -244,7 +245,7 @@ def check_case(op: str, backend: str, case: testing.Case, device: str) -> list[R
     cache = TritonCache()
     row: Row = {"op": op, "backend": backend, "dtype": str(case.dtype).removeprefix("torch."), "case": str(case)}
     arguments = testing.make_arguments(op, case, device=device)
-    reasons = backends.module(backend).reasons(op, arguments)
+    reasons = backends.named(backend).reasons(op, arguments)
     if reasons:
         return [row | {"status": "refused", "message": "; ".join(reasons)}]
     wanted = testing.expected(op, arguments)
@@ -370,7 +371,7 @@ def select_peer(x: Tensor, scores: Tensor, num_keep: int, norm: nn.LayerNorm) ->
 
 def usable_backends(device: torch.device) -> list[str]:
     probe = (torch.empty(1, 1, 1, device=device),)
-    return [b for b in ("triton", "cuda", "cpu") if not backends.module(b).reasons("gather_tokens", probe)]
+    return [b for b in ("triton", "cuda", "cpu") if not backends.named(b).reasons("gather_tokens", probe)]
 
 
 @torch.inference_mode()
@@ -413,7 +414,7 @@ def ops(
         calls = {name: captured(f, tokens) if graph else each(f, tokens) for name, f in sides.items()}
         timings = alternate(calls, seconds, device=device)
         steps = roofline.idle_block_steps(dataclasses.replace(shape, B=B), inplace=op.endswith("_"))
-        moved = {step.name: step.bytes for step in steps}["scatter_add" if op.startswith("scatter") else op]
+        moved = {step.name: step.bytes for step in steps}[op]
         repeats = len(tokens) if graph else 1
         rates = {
             name: (2 * tokens[0].nbytes if name == "copy" else moved) * repeats / timing.median / 1e9
@@ -547,11 +548,10 @@ def peer(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Another method at the MACs of IdleViT, keep ratio 0.7, beside it and dense; eager first, then as graphs."""
-    from idlevit_kernels.benchmark import load_peers
+    import peers
 
     dense, idle, size = _pair(name, device, options)
     dense, idle = dense.eval().to(dtype), idle.eval().to(dtype)
-    peers = load_peers()
     make, on_meta = getattr(peers, method), copy.deepcopy(dense).to("meta")
     low, high = (0.0, 2 * on_meta.patch_embed.num_patches / len(on_meta.blocks)) if method == "ToMe" else (0.01, 1.0)
     macs = ik.count_macs(idle, size).total
@@ -664,7 +664,7 @@ def training(
 
     IdleViT with its token cut loss, compact; the same in the dense masked form that the paper trains; dense finetuning.
     """
-    from idlevit_kernels.reference.masked_form import masked_form
+    from idlevit_kernels.ops.reference.masked_form import masked_form
 
     dense, idle, size = _pair(name, device, options)
     dense, idle = dense.train(), idle.train()

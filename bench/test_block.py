@@ -11,9 +11,9 @@ import timm
 import torch
 
 import idlevit_kernels as ik
-from idlevit_kernels.benchmark import find_device
-from idlevit_kernels.latency import random_inputs, rotating
-from idlevit_kernels.timing import Timing, alternated_samples
+from idlevit_kernels.block.latency import random_inputs, rotating
+from idlevit_kernels.block.timing import Timing, alternated_samples
+from idlevit_kernels.measure.machine import find_device
 
 DEVICE = find_device("bench", None)
 TOKENS, CHANNELS = 197, 384

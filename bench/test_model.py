@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from peers import peers_of
 
-from idlevit_kernels.benchmark import DENSE, ModelBenchmark
-from idlevit_kernels.latency import random_inputs, rotating
-from idlevit_kernels.timing import Timing, alternated_samples
+from idlevit_kernels.block.latency import random_inputs, rotating
+from idlevit_kernels.block.timing import Timing, alternated_samples
+from idlevit_kernels.measure.benchmark import DENSE, ModelBenchmark
 
 MODEL, KEEP_RATIO = "deit_small_patch16_224", 0.7
 SECONDS = 20.0  # for each group
@@ -35,7 +36,7 @@ METHODS = [
 @functools.cache
 def measured() -> ModelBenchmark:
     torch.manual_seed(0)
-    return ModelBenchmark(MODEL, [KEEP_RATIO], [1], peers=True)
+    return ModelBenchmark(MODEL, [KEEP_RATIO], [1], peers=peers_of)
 
 
 @functools.cache

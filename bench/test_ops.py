@@ -7,7 +7,6 @@ it is timed. With ``-m full`` the reference under torch.compile is timed too, be
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends, reference, testing
-from idlevit_kernels.benchmark import find_device
-from idlevit_kernels.info import backend_reasons
-from idlevit_kernels.latency import num_inputs
-from idlevit_kernels.timing import Timing, alternated_samples
+from idlevit_kernels.block.latency import num_inputs, rotating
+from idlevit_kernels.block.timing import Timing, alternated_samples
+from idlevit_kernels.measure.info import backend_reasons
+from idlevit_kernels.measure.machine import find_device
+from idlevit_kernels.ops import backends, testing
+from idlevit_kernels.ops.record import RECORDS
 
 DEVICE = find_device("bench", None)
 CASES = {batch: testing.Case(batch, 196, 384, 137) for batch in (1, 8, 32)}
@@ -85,32 +85,15 @@ PLAIN: dict[str, Callable[..., Any]] = {
 }
 
 
-def bytes_moved(op: str, case: testing.Case) -> int:
-    """What the op must read and write, float32: each value once, idle tokens only where they are needed."""
-    T, n, C = case.T, case.P + case.K, case.C
-    values = {
-        "cls_direction": 2 * C + 2 * C * C / case.B,  # one row in, one out, and the weights once
-        "token_scores": (T + 1) * C + T,
-        "select_tokens": T + 2 * n,
-        "select_gather_norm": 2 * n * C + T + 2 * n,
-        "gather_tokens": 2 * n * C + 2 * n,
-        "gather_add_norm": 4 * n * C + 2 * n,
-        "scatter_tokens": 2 * T * C + 2 * n,
-        "scatter_add_tokens": (2 * T + n) * C + 2 * n,
-        "expand_tokens": (T + n) * C + 2 * n,
-    }
-    return int(4 * case.B * values[op])
-
-
 def forms(op: str) -> list[str]:
     arguments = testing.make_arguments(op, CASES[1], device=DEVICE.type)
     usable = [name for name, reasons in backend_reasons().items() if not reasons]
-    return [*(name for name in usable if not backends.module(name).reasons(op, arguments)), "plain"]
+    return [*(name for name in usable if not backends.named(name).reasons(op, arguments)), "plain"]
 
 
 def call(op: str, form: str) -> Callable[..., Any]:
     if form == "compiled reference":
-        return torch.compile(getattr(reference, op), fullgraph=True, dynamic=False)
+        return torch.compile(RECORDS[op].reference, fullgraph=True, dynamic=False)
     return PLAIN[op] if form == "plain" else functools.partial(getattr(ik, op), backend=form)
 
 
@@ -118,19 +101,15 @@ def call(op: str, form: str) -> Callable[..., Any]:
 def comparison(op: str, batch: int, compiled: bool) -> dict[str, list[float]]:
     """Seconds per call, of each form, measured in alternation."""
     case = CASES[batch]
-    sets = num_inputs(bytes_moved(op, case), DEVICE)  # of arguments, which each form goes round
+    sets = num_inputs(RECORDS[op].bytes_moved(case.sizes), DEVICE)  # of arguments, which each form goes round
     arguments = [testing.make_arguments(op, case, seed, DEVICE.type) for seed in range(sets)]
     calls = {form: call(op, form) for form in (*forms(op), *(["compiled reference"] if compiled else []))}
     wanted = testing.expected(op, arguments[0])
     for function in calls.values():
         result = function(*arguments[0])
         testing.check(op, [result] if isinstance(result, torch.Tensor) else list(result), wanted, case.dtype)
-    return alternated_samples({form: _rotating(calls[form], arguments) for form in calls}, SECONDS, device=DEVICE)
-
-
-def _rotating(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any]:
-    rotation = itertools.cycle(arguments)
-    return lambda: function(*next(rotation))
+    rounds = {form: rotating(lambda given, f=function: f(*given), arguments) for form, function in calls.items()}
+    return alternated_samples(rounds, SECONDS, device=DEVICE)
 
 
 GROUPS = [(op, batch, compiled) for compiled in (False, True) for op in PLAIN for batch in CASES]
@@ -148,6 +127,6 @@ def test_op(benchmark: Any, replay: Callable[..., Timing], op: str, batch: int, 
     benchmark.group = f"{op}, batch {batch:2d}{', beside torch.compile' if compiled else ''}"
     benchmark.name = form
     samples = comparison(op, batch, compiled)[form]
-    moved = bytes_moved(op, CASES[batch])
+    moved = RECORDS[op].bytes_moved(CASES[batch].sizes)
     timing = replay(samples, DEVICE, bytes=moved)
     benchmark.extra_info["gb_per_s"] = moved / timing.median / 1e9

@@ -10,8 +10,8 @@ import pytest
 import torch
 from train_step import FORMS, make_step
 
-from idlevit_kernels.latency import random_inputs, rotating
-from idlevit_kernels.timing import Timing, alternated_samples
+from idlevit_kernels.block.latency import random_inputs, rotating
+from idlevit_kernels.block.timing import Timing, alternated_samples
 
 BATCH = 4
 SECONDS = 15.0

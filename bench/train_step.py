@@ -3,8 +3,8 @@
 Four forms of the step (forward, loss, backward, AdamW; the teacher's outputs are given, its forward is left out):
 
 - idle: IdleViT with token cut loss and distillation, as this package trains it.
-- masked: the same loss in the paper's form (``reference/masked_form.py``): dense attention with idle keys masked, its
-  logits stored, as the cut loss needs them.
+- masked: the same loss in the paper's form (``ops/reference/masked_form.py``): dense attention with idle keys masked,
+  its logits stored, as the cut loss needs them.
 - idle, no cut: IdleViT with distillation alone.
 - dense: finetuning of the dense timm model (with its fused attention) on the labels alone.
 
@@ -17,11 +17,9 @@ and the optimizer's state exist before.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,9 +33,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.info import device_name, environment
-from idlevit_kernels.reference.masked_form import masked_form
-from idlevit_kernels.timing import alternate
+from idlevit_kernels.block.timing import alternate
+from idlevit_kernels.measure.info import run_facts
+from idlevit_kernels.ops.reference.masked_form import masked_form
 
 MODEL, KEEP_RATIO, CLASSES = "deit_small_patch16_224", 0.7, 1000
 FORMS = ("idle", "masked", "idle, no cut", "dense")
@@ -167,16 +165,9 @@ def main() -> None:
         console.print(table)
     console.print(f"idle / dense: {times['idle'].median / times['dense'].median:.2f} of the time")
     if args.json:
+        measured = {"keep_ratio": KEEP_RATIO, "batch": args.batch, "dtype": "float32", "cut_shape": CUT_SHAPE}
         report = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "model": MODEL,
-            "keep_ratio": KEEP_RATIO,
-            "batch": args.batch,
-            "dtype": "float32",
-            "cut_shape": CUT_SHAPE,
-            "device_name": device_name(torch.device("cpu")),
-            "environment": environment(),
+            **run_facts(["python", *sys.argv], torch.device("cpu"), model=MODEL, **measured),
             "rows": rows,
             "idle_over_dense": times["idle"].median / times["dense"].median,
         }

@@ -231,6 +231,33 @@ std::vector<std::string> cpu_instruction_sets() {
     return names;
 }
 
+// Whether a block is as it was when its parts were looked up: `unchanged` of idlevit_kernels/block/parts.py, which says
+// what the record holds. It runs in every layer, over some hundred entries.
+bool unchanged(const py::tuple& record) {
+    const auto list = [&](int i) { return py::reinterpret_borrow<py::list>(PyTuple_GET_ITEM(record.ptr(), i)); };
+    const auto size = [](const py::list& items) { return PyList_GET_SIZE(items.ptr()); };
+    const auto item = [](const py::list& items, Py_ssize_t i) { return PyList_GET_ITEM(items.ptr(), i); };
+
+    const py::list places = list(0), names = list(1), values = list(2);
+    for (Py_ssize_t i = 0; i < size(places); ++i) {
+        PyObject* value = PyDict_GetItemWithError(item(places, i), item(names, i));
+        if (!value && PyErr_Occurred()) throw py::error_already_set();
+        if ((value ? value : Py_None) != item(values, i)) return false;
+    }
+    const py::list empty = list(3), filled = list(4);
+    for (Py_ssize_t i = 0; i < size(empty); ++i)
+        if (PyObject_IsTrue(item(empty, i)) != 0) return false;
+    for (Py_ssize_t i = 0; i < size(filled); ++i)
+        if (PyObject_IsTrue(item(filled, i)) != 1) return false;
+    const py::list modules = list(5), types = list(6);
+    for (Py_ssize_t i = 0; i < size(modules); ++i)
+        if (reinterpret_cast<PyObject*>(Py_TYPE(item(modules, i))) != item(types, i)) return false;
+    const py::list kinds = list(7), attributes = list(8), functions = list(9);
+    for (Py_ssize_t i = 0; i < size(kinds); ++i)
+        if (py::getattr(item(kinds, i), item(attributes, i)).ptr() != item(functions, i)) return false;
+    return true;
+}
+
 void cpu_set_instruction_set(const std::string& name) {
     if (!idlevit::cpu::set_instruction_set(name.c_str()))
         throw py::value_error("instruction set: expected one that cpu_instruction_sets() lists, got '" + name + "'");
@@ -239,6 +266,7 @@ void cpu_set_instruction_set(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+    m.def("unchanged", &unchanged);
     m.attr("MAX_CHANNELS") = idlevit::kMaxChannels;
     m.def("cpu_cls_direction", &cpu_cls_direction);
     m.def("cpu_token_scores", &cpu_token_scores);

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels.timing import alternate
-from idlevit_kernels.visualize import selections
+from idlevit_kernels.block.timing import alternate
+from idlevit_kernels.models.recording import selections
 
 # Each class and the colour of its textures; a photograph has its own.
 CLASSES = {"photograph": None, "brick": (0.62, 0.42, 0.36), "grass": (0.42, 0.54, 0.32), "gravel": (0.50, 0.48, 0.52)}

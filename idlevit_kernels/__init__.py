@@ -1,48 +1,39 @@
 """IdleViT: Vision Transformers whose tokens idle instead of being dropped, with fused kernels (arXiv 2310.05654)."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-from .backends import use_backend
+from . import versions
 from .block import Context, IdleBlock, IdleOutput, idle_block
-from .capture import CapturedModel, capture
-from .complexity import MacReport, count_macs
-from .errors import BackendError
-from .functional import (
-    cls_direction,
-    expand_tokens,
-    gather_add_norm,
-    gather_tokens,
-    scatter_add_tokens,
-    scatter_add_tokens_,
-    scatter_tokens,
-    scatter_tokens_,
-    select_gather_norm,
-    select_tokens,
-    token_cut_loss,
-    token_scores,
-)
-from .losses import IdleViTLoss, IdleViTOutput
+from .deploy.cuda_graph import CapturedModel, capture
+from .deploy.pictures import visualize
+from .errors import ArgumentError, BackendError
+from .measure.macs import MacReport, count_macs
 from .models import (
+    Family,
     IdleViTForTraining,
     apply_idle,
     idle_blocks,
     idle_config,
     load_released,
+    register_family,
     remove_idle,
     set_keep_ratio,
 )
+from .models.recording import selections
+from .models.training import IdleViTOutput
+from .ops import functional
+from .ops.backends import use_backend
+from .ops.functional import *  # noqa: F403 (an op that is added there is public)
 from .schedule import idle_schedule
-from .visualize import selections, visualize
+from .train.losses import IdleViTLoss
 
-try:
-    __version__ = version("idlevit-kernels")
-except PackageNotFoundError:  # imported from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = versions.PACKAGE
 
 __all__ = [
+    *functional.__all__,
+    "ArgumentError",
     "BackendError",
     "CapturedModel",
     "Context",
+    "Family",
     "IdleBlock",
     "IdleOutput",
     "IdleViTForTraining",
@@ -51,27 +42,16 @@ __all__ = [
     "MacReport",
     "apply_idle",
     "capture",
-    "cls_direction",
     "count_macs",
-    "expand_tokens",
-    "gather_add_norm",
-    "gather_tokens",
     "idle_block",
     "idle_blocks",
     "idle_config",
     "idle_schedule",
     "load_released",
+    "register_family",
     "remove_idle",
-    "scatter_add_tokens",
-    "scatter_add_tokens_",
-    "scatter_tokens",
-    "scatter_tokens_",
-    "select_gather_norm",
-    "select_tokens",
     "selections",
     "set_keep_ratio",
-    "token_cut_loss",
-    "token_scores",
     "use_backend",
     "visualize",
 ]

@@ -8,6 +8,18 @@ from typing import Any
 import torch
 
 
+class ArgumentError(Exception):
+    """An argument does not fit, which its caller can mend: what is raised is a TypeError or a ValueError as well."""
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument of a type that does not fit, or a model or block of a kind that cannot idle."""
+
+
+class ArgumentValueError(ArgumentError, ValueError):
+    """An argument of the right type whose value, shape or content does not fit."""
+
+
 class BackendError(RuntimeError):
     """No backend that was asked for can run the call. ``reasons`` maps each candidate to all of its reasons."""
 
@@ -36,18 +48,18 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def value_error(op: str, argument: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"{op}: {argument} must be {expected}, got {describe(got)}")
+def value_error(op: str, argument: str, expected: str, got: Any) -> ArgumentValueError:
+    return ArgumentValueError(f"{op}: {argument} must be {expected}, got {describe(got)}")
 
 
-def type_error(op: str, argument: str, expected: str, got: Any) -> TypeError:
+def type_error(op: str, argument: str, expected: str, got: Any) -> ArgumentTypeError:
     shown = describe(got) if isinstance(got, torch.Tensor) else f"{type(got).__name__} {got!r}"
-    return TypeError(f"{op}: {argument} must be {expected}, got {shown}")
+    return ArgumentTypeError(f"{op}: {argument} must be {expected}, got {shown}")
 
 
 def refuse_renamed(op: str, given: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
-    """Raises TypeError for a keyword that is not known; of one that has another name now, the message says which."""
+    """Refuses a keyword that is not known; of one that has another name now, the message says which."""
     for name in given:
         if name in renamed:
-            raise TypeError(f"{op}: {name}= was replaced in version 0.2.0: use {renamed[name]}")
-        raise TypeError(f"{op}: it has no argument {name!r}")
+            raise ArgumentTypeError(f"{op}: {name}= was replaced in version 0.2.0: use {renamed[name]}")
+        raise ArgumentTypeError(f"{op}: it has no argument {name!r}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import Words, type_error, value_error
+from .errors import ArgumentValueError, Words, type_error, value_error
 
 
 def check_ratio(op: str, ratio: float, argument: str = "keep_ratio") -> float:
@@ -148,7 +148,7 @@ def read_schedule(op: str, path: str | os.PathLike[str]) -> list[float]:
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{op}: schedule must be a JSON file, got {path}: {error}") from error
+        raise ArgumentValueError(f"{op}: schedule must be a JSON file, got {path}: {error}") from error
     schedule = content.get("schedule") if isinstance(content, dict) else content
     if not isinstance(schedule, list):
         raise value_error(

@@ -256,8 +256,9 @@ def _refusal(call: Callable[[], Tensor], expected: Tensor) -> str:
 @functools.cache
 def _onednn_reasons() -> tuple[str, str]:
     """Why not the linear layer, why not with packed weights."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x, weight = torch.randn(2, 16), torch.randn(32, 16)
+    # Whatever the default device is: a model may be made on "meta".
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        x, weight = torch.randn(2, 16, device="cpu"), torch.randn(32, 16, device="cpu")
         expected = x @ weight.T
         plain = _refusal(lambda: _call_linear(x, weight, None, "none", ""), expected)
         packed = plain or _refusal(lambda: _call_linear(x, _call_pack(weight, 2), None, "none", ""), expected)
@@ -609,6 +610,9 @@ def installed(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+PACKAGE = installed("idlevit-kernels") or "0+unknown"  # the latter in a source tree that is not installed
 
 
 def libraries() -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from idlevit_kernels.backends import cpu
+from idlevit_kernels.ops.backends import CPU, cpu
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -52,7 +52,7 @@ def one_thread(keep_threads: None) -> None:
 def instruction_sets() -> Iterator[Iterator[str]]:
     """Every instruction set of the CPU kernels that this processor runs, in use while it is the current item."""
     extension = cpu.extension()
-    assert extension is not None, cpu.installed()
+    assert extension is not None, CPU.installed()
     before = extension.cpu_instruction_set()
 
     def each() -> Iterator[str]:

@@ -33,7 +33,7 @@ floors() {
 
 # What a run needs beside those libraries: the extras' packages, without a version.
 tools() {
-  echo pytest pytest-benchmark hypothesis ruff mypy accelerate matplotlib scikit-image scikit-learn tensorboard
+  echo pytest pytest-benchmark hypothesis ruff mypy import-linter accelerate matplotlib scikit-image scikit-learn tensorboard
   echo onnx onnxruntime onnxscript
 }
 

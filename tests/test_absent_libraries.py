@@ -38,7 +38,7 @@ if "ops of onednn" in ABSENT:  # a build without the library does not have them 
     torch.ops.mkldnn = torch._ops._OpNamespace("none")
 
 import idlevit_kernels as ik
-from idlevit_kernels.info import collect
+from idlevit_kernels.measure.info import collect
 from timm.models import VisionTransformer
 
 torch.manual_seed(0)

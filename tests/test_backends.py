@@ -14,8 +14,8 @@ import torch
 from timm.models.vision_transformer import Block
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends
-from idlevit_kernels.backends import BACKENDS, cpu, reference
+from idlevit_kernels.ops import backends
+from idlevit_kernels.ops.backends import BACKENDS, CPU, REFERENCE, Backend, cpu
 
 NO_GPU = not torch.cuda.is_available()
 X = torch.randn(2, 5, 8)
@@ -30,17 +30,24 @@ def gather_of(x: torch.Tensor) -> torch.Tensor:
     return ik.gather_tokens(x, INDICES)
 
 
+def spy_on(monkeypatch: pytest.MonkeyPatch, backend: Backend, op: str, names: list[str]) -> None:
+    """The backend's kernel for the op notes the backend's name, and runs."""
+    kernel = backend.kernel
+    run = kernel(op)
+
+    def spy(*args):
+        names.append(backend.name)
+        return run(*args)
+
+    monkeypatch.setattr(backend, "kernel", lambda name: spy if name == op else kernel(name))
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backends that gather_tokens ran on, in order; they still run."""
     names: list[str] = []
-    for name, module in (("cpu", cpu), ("reference", reference)):
-
-        def spy(*args, name=name, run=module.gather_tokens):
-            names.append(name)
-            return run(*args)
-
-        monkeypatch.setattr(module, "gather_tokens", spy)
+    for backend in (CPU, REFERENCE):
+        spy_on(monkeypatch, backend, "gather_tokens", names)
     return names
 
 
@@ -48,6 +55,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No backend from the environment, and no choice remembered from an earlier call."""
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_fused", {})
     with ik.use_backend("auto"):
         yield
 
@@ -92,11 +100,9 @@ def test_each_thread_has_its_own_choice(ran: list[str]) -> None:
 
 
 def test_the_backward_runs_where_the_forward_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = []
-    for name, module in (("cpu", cpu), ("reference", reference)):
-        monkeypatch.setattr(
-            module, "expand_tokens", lambda *a, name=name, run=module.expand_tokens: names.append(name) or run(*a)
-        )
+    names: list[str] = []
+    for backend in (CPU, REFERENCE):
+        spy_on(monkeypatch, backend, "expand_tokens", names)
     x = X.clone().requires_grad_()
     with ik.use_backend("reference"):
         out = gather_of(x)
@@ -213,11 +219,13 @@ def test_a_refusal_is_not_forgotten() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_answers(name: str) -> None:
     """Whether or not it can run here, and without raising."""
-    module = backends.module(name)
-    assert all(isinstance(reason, str) and reason for reason in module.installed())
-    for reasons in (module.reasons("gather_tokens", (X, INDICES)), module.reasons("no_such_op", (X,))):
+    backend = backends.named(name)
+    assert backend.name == name
+    assert all(isinstance(reason, str) and reason for reason in backend.installed())
+    for reasons in (backend.reasons("gather_tokens", (X, INDICES)), backend.reasons("no_such_op", (X,))):
         assert all(isinstance(reason, str) and reason for reason in reasons)
-    assert module.reasons("no_such_op", (X,)) or name == "reference"
+    assert backend.reasons("no_such_op", (X,)) or name == "reference"
+    assert backend.kernel("no_such_op") is None and backend.kernel("installed") is None
 
 
 def test_auto_logs_each_cause_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -246,12 +254,11 @@ def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 WHICH = """
 import torch, idlevit_kernels as ik
-from idlevit_kernels.backends import cpu, reference
-for name, module in (("cpu", cpu), ("reference", reference)):
-    def spy(*a, name=name, run=module.select_tokens):
-        print(name)
-        return run(*a)
-    module.select_tokens = spy
+from idlevit_kernels.ops.backends import CPU, REFERENCE
+for backend in (CPU, REFERENCE):
+    def kernel(op, name=backend.name, run=backend.kernel("select_tokens")):
+        return lambda *a: print(name) or run(*a)
+    backend.kernel = kernel
 call = lambda **k: ik.select_tokens(torch.rand(1, 4), 2, **k)
 call()
 with ik.use_backend("cpu"):
@@ -277,7 +284,7 @@ def test_invalid_environment_variable(variable: str) -> None:
 
 
 def test_instruction_set_variable() -> None:
-    script = "from idlevit_kernels.backends import cpu; print(cpu.extension().cpu_instruction_set())"
+    script = "from idlevit_kernels.ops.backends import cpu; print(cpu.extension().cpu_instruction_set())"
     assert python(script, IDLEVIT_CPU_ISA="baseline").stdout.strip() == "baseline"
 
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels import reference
+from idlevit_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 

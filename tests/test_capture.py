@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.capture import check_like, copy_tensors
+from idlevit_kernels.deploy import cuda_graph
+from idlevit_kernels.deploy.cuda_graph import check_like, copy_tensors
 
 
 def idle_vit(**kwargs) -> nn.Module:
@@ -102,7 +102,7 @@ def test_a_failed_capture_is_cleaned_up(capture_ended: bool, monkeypatch: pytest
         torch._C, "_cuda_releasePool", lambda device, pool: done.append(f"release {pool}"), raising=False
     )
     monkeypatch.setattr(torch, "zeros", lambda *sizes, device: done.append("work"))
-    record = importlib.import_module("idlevit_kernels.capture")._record
+    record = cuda_graph._record
     with pytest.raises(RuntimeError, match="capture is invalid"):
         record("fails", lambda: None, stream=None)
     release = [] if capture_ended else ["release pool"]

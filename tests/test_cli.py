@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from idlevit_kernels import __version__, benchmark, env, timing, versions
-from idlevit_kernels.backends import BACKENDS
-from idlevit_kernels.cli import app
+from idlevit_kernels import __version__, env, versions
+from idlevit_kernels.block import timing
+from idlevit_kernels.cli import app, evaluate, shared, tune
+from idlevit_kernels.measure import benchmark
+from idlevit_kernels.ops.backends import BACKENDS
+from idlevit_kernels.train import task
 
 SMALL = ["--model", "deit_tiny_patch16_224", "--image-size", "64", "--seconds", "0.5", "--device", "cpu"]
 
@@ -70,12 +74,12 @@ def test_info_tells_of_a_variable_with_a_bad_value(monkeypatch):
 
 
 def test_info_tells_of_a_backend_that_breaks(monkeypatch):
-    from idlevit_kernels.backends import reference
+    from idlevit_kernels.ops.backends import REFERENCE
 
     def broken():
         raise OSError("no such library")
 
-    monkeypatch.setattr(reference, "installed", broken)
+    monkeypatch.setattr(REFERENCE, "installed", broken)
     facts = json.loads(run("info", "--json").stdout)
     assert facts["backends"]["reference"] == {"usable": False, "reasons": ["OSError: no such library"]}
 
@@ -88,7 +92,8 @@ def test_bench_writes_consistent_figures(tmp_path, keep_threads):
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]  # no temporary file is left
     assert facts["complete"] and "PARTIAL" not in text
     assert facts["input_size"] == [3, 64, 64]
-    assert facts["device"] == "cpu" and facts["environment"]["threads"] == 1
+    assert facts["device"] == "cpu" and facts["device_name"] and facts["environment"]["threads"] == 1
+    assert facts["command"].startswith("idlevit ") and datetime.datetime.fromisoformat(facts["date"]).tzinfo
 
     rows = facts["models"]
     assert [(row["batch"], row["keep_ratio"]) for row in rows] == [(2, None), (2, 0.7), (1, None), (1, 0.7)]
@@ -138,6 +143,52 @@ def test_bench_refuses_bad_input_in_one_line(options, expected):
     (line,) = result.stderr.splitlines()
     assert line.startswith("idlevit: ")
     assert expected in line and (options[-1] in line or "resnet" in line)
+
+
+@pytest.mark.parametrize("command", ["bench", "tune", "export", "train", "eval", "visualize"])
+@pytest.mark.parametrize("kind", [TypeError, ValueError])
+def test_a_defect_of_the_package_shows_its_traceback(command, kind, monkeypatch, tmp_path):
+    def defect(*args, **kwargs):
+        raise kind("unsupported operand type(s)")
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in (
+        (benchmark, "create_model"), (tune, "create_model"), (shared, "create_model"), (task, "recipe_for"),
+        (evaluate, "evaluate_run"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, defect)
+    given = {"tune": ["--target-speedup", "1.5"], "export": ["idle.onnx"], "visualize": ["image.png"]}
+    result = CliRunner().invoke(app, [command, *given.get(command, [])])
+    assert type(result.exception) is kind and result.stderr == ""  # Python prints the traceback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bench", "--schedule", "{file}"], "schedule must be a JSON file"),
+        (["bench", "--schedule", "missing.json"], "missing.json"),
+        (["tune"], "exactly one of --target-ms"),
+        (["tune", "--target-speedup", "0"], "above 0"),
+        (["export", "idle.pt"], ".onnx"),
+        (["export", "missing/idle.onnx"], "a folder that exists"),
+        (["export", "idle.onnx", "--weights", "{file}"], "no checkpoint"),
+        (["export", "idle.onnx", "--weights", "missing.pth"], "missing.pth"),
+        (["train", "--data", "missing"], "a folder that exists"),
+        (["train", "--keep-ratio", "2"], "(0, 1]"),
+        (["eval", "missing"], "missing"),
+        (["visualize", "{file}", "-o", "idling.txt"], ".png, .svg, .pdf"),
+        (["visualize", "{file}"], "{file}"),
+        (["visualize", "missing.jpg"], "missing.jpg"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(arguments, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("neither JSON, nor a checkpoint, nor an image")
+    small = ["--model", "test_vit"] if arguments[0] in ("export", "visualize", "tune") else []
+    result = run(*(a.format(file=file) for a in arguments), *small, code=2)
+    line = result.stderr.splitlines()[-1]  # below the progress bar, if there was one
+    assert line.startswith("idlevit: ") and expected.format(file=file) in line
 
 
 def test_bench_interrupted_marks_its_figures_as_partial(tmp_path, monkeypatch):

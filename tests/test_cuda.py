@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels.backends import cuda, native
-from idlevit_kernels.testing import OPS, Case, make_arguments
+from idlevit_kernels.ops.backends import CUDA, cuda, native
+from idlevit_kernels.ops.record import RECORDS
+from idlevit_kernels.ops.testing import Case, make_arguments
 
-REASONS = cuda.installed()
-KERNELS = [
-    op for op in OPS if op not in ("cls_direction", "gather_norm_backward", "token_cut_loss", "token_cut_loss_backward")
-]
+REASONS = CUDA.installed()
+KERNELS = [op.name for op in RECORDS.values() if "cuda" in op.kernels]
 
 
 def test_cpu_tensors_are_refused_with_every_reason() -> None:
@@ -25,7 +24,7 @@ def test_cpu_tensors_are_refused_with_every_reason() -> None:
 
 
 def test_all_reasons_at_once() -> None:
-    reasons = cuda.reasons("no_such_op", (torch.zeros(1, 3, 8, dtype=torch.int32),))
+    reasons = CUDA.reasons("no_such_op", (torch.zeros(1, 3, 8, dtype=torch.int32),))
     assert "it has no kernel for no_such_op" in reasons
     assert "it knows float32, float64, float16 and bfloat16, not torch.int32" in reasons
 
@@ -41,10 +40,10 @@ def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_too_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked of a machine that could run it."""
-    ops = cuda.CUDAOps()
+    ops = cuda.CUDABackend()
     monkeypatch.setattr(ops, "installed", list)
-    monkeypatch.setattr(ops, "device_type", "cpu")
-    monkeypatch.setattr(ops, "device_reasons", lambda device: ["the architecture"])
+    monkeypatch.setattr(ops, "device_types", None)
+    monkeypatch.setattr(ops, "architecture_reasons", lambda device: ["the architecture"])
     ops.__dict__["max_channels"] = 4096
     assert ops.reasons("gather_tokens", (torch.zeros(1, 1, 4097),)) == ["the architecture"], "it walks a row in parts"
     assert ops.reasons("token_scores", (torch.zeros(1, 1, 4096),)) == ["the architecture"]
@@ -61,7 +60,7 @@ def test_too_many_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", KERNELS)
 def test_without_a_device_the_launch_says_so(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The binding takes what the adapter passes, and the error of the runtime comes through."""
-    ops = cuda.CUDAOps()
+    ops = cuda.CUDABackend()
 
     def call(kernel: str, x: Tensor, *args: object) -> str | None:
         return getattr(native.extension(), "cuda_" + kernel)(*args, 0, 0)

@@ -19,16 +19,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from idlevit_kernels import reference
-from idlevit_kernels.backends.cuda import CUDAOps
-from idlevit_kernels.testing import CASES, DTYPES, OPS, Case, check, expected, make_arguments
+from idlevit_kernels.ops import reference
+from idlevit_kernels.ops.backends.cuda import CUDABackend
+from idlevit_kernels.ops.record import RECORDS
+from idlevit_kernels.ops.testing import CASES, DTYPES, Case, check, expected, make_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 # The others are composed of these, or of PyTorch's own ops.
-COMPOSED = ("cls_direction", "gather_norm_backward", "token_cut_loss", "token_cut_loss_backward")
-KERNELS = [op for op in OPS if op not in COMPOSED]
+KERNELS = [op.name for op in RECORDS.values() if "cuda" in op.kernels]
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -56,7 +56,7 @@ def foreign(library: ctypes.CDLL, function: str, *args: Any, result: Any = None)
     return call(*(ctypes.c_double(a) if isinstance(a, float) else ctypes.c_int64(a) for a in args))
 
 
-class EmulatedOps(CUDAOps):
+class EmulatedOps(CUDABackend):
     """The CUDA adapter on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL):

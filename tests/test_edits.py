@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels import reference
+from idlevit_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,7 @@ import pickle
 import pytest
 import timm
 import torch
-from comparison import assert_equal, assert_equal_gradients, check_masked_form, gradients
-from test_models import noisy
+from comparison import assert_equal, assert_equal_gradients, check_masked_form, gradients, noisy
 from timm.layers import apply_rot_embed_cat
 from timm.models.eva import Eva
 from torch import Tensor, nn

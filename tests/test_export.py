@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import idlevit_kernels as ik
 from idlevit_kernels.cli import app
-from idlevit_kernels.export import _translations, export_model, largest_difference, load_exported
+from idlevit_kernels.deploy.export import _translations, export_model, largest_difference, load_exported
 from idlevit_kernels.models import lvvit  # noqa: F401  registers its names with timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import timm
 import torch
 
 import idlevit_kernels as ik
-from idlevit_kernels.fidelity import Outputs, compare, compare_outputs, neighbours, outputs_of
+from idlevit_kernels.measure.fidelity import Outputs, compare, compare_outputs, neighbours, outputs_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from idlevit_kernels.backends import cpu, cpu_follow
-from idlevit_kernels.testing import error
+from idlevit_kernels.ops.backends import cpu, cpu_follow
+from idlevit_kernels.ops.testing import error
 
 OPS = (
     "project_tokens", "select_spread", "assign_tokens", "gather_mean_norm", "follow_tokens", "sum_groups",
     "expand_groups",
 )  # fmt: skip
 reference: dict[str, Any] = {
-    name: getattr(importlib.import_module(f"idlevit_kernels.reference.{name}"), name) for name in OPS
+    name: getattr(importlib.import_module(f"idlevit_kernels.ops.reference.{name}"), name) for name in OPS
 }
 # What a float64 result is compared with: the accumulate type's and the stored type's roundoff, a few times each.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}

@@ -148,8 +148,9 @@ def bad_block_calls():
 @pytest.mark.parametrize("argument, args, kwargs, kind", [*bad_block_calls()])
 def test_idle_block(argument: str, args: tuple, kwargs: dict, kind: type) -> None:
     before = args[0].clone() if isinstance(args[0], torch.Tensor) else None
-    with pytest.raises(kind, match=f"^idle_block: {argument} must be .+, got"):
+    with pytest.raises(kind, match=f"^idle_block: {argument} must be .+, got") as raised:
         ik.idle_block(*args, **kwargs)
+    assert isinstance(raised.value, ik.ArgumentError)
     assert before is None or torch.equal(args[0], before)
 
 

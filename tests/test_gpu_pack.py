@@ -50,7 +50,7 @@ def test_what_was_packed_from_other_sources_is_not_used(
 FILL = """
 import os, sys
 import gpu_pack, gpu_steps
-from idlevit_kernels import testing
+from idlevit_kernels.ops import testing
 cache = gpu_steps.TritonCache()
 with gpu_pack.compiling("90"):
     arguments = testing.make_arguments("gather_tokens", testing.Case(2, 9, 8, 3))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
+from idlevit_kernels.block.context import Context
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,8 +80,14 @@ def test_keep_ratio_1_equals_transformers(name: str, attention: str) -> None:
         assert_equal(found[key], wanted[key], 1e-5, key)
 
 
-def masked_layer(layer: nn.Module, keep_ratio: float, prefix: int, scorer: str, x: Tensor, *_, **__) -> Tensor:
-    """A layer as the paper trains it: over all tokens, idle keys at -1e5, both branches times the 0/1 mask."""
+def masked_layer(
+    layer: nn.Module, keep_ratio: float, prefix: int, scorer: str, x: Tensor, attention_mask: Tensor | None = None, **_
+) -> Tensor:
+    """A layer as the paper trains it: over all tokens, idle keys at -1e5, both branches times the 0/1 mask.
+
+    Pairs that the attention mask hides have no weight and do not count in the mean of the logits; nor do the queries
+    of padding, which nothing sees.
+    """
     attn, dinov2 = layer.attention, hasattr(layer, "norm1")
     norms = (layer.norm1, layer.norm2) if dinov2 else (layer.layernorm_before, layer.layernorm_after)
     scales = (layer.layer_scale1, layer.layer_scale2) if dinov2 else (layer.dropout, layer.dropout)
@@ -87,11 +96,21 @@ def masked_layer(layer: nn.Module, keep_ratio: float, prefix: int, scorer: str, 
     y = norms[0](x)
     q, k, v = (p(y).unflatten(2, (3, -1)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
     logits = q @ k.mT  # [B, H, T, T]
-    scores = logits.mean(1)[:, 0] if scorer == "cls" else logits.mean((1, 2))
+    bias = torch.zeros_like(logits)
+    if attention_mask is not None:
+        is_bool = attention_mask.dtype == torch.bool
+        bias = bias.masked_fill(~attention_mask, -math.inf) if is_bool else bias + attention_mask
+        bias = bias.masked_fill(bias == torch.finfo(bias.dtype).min, -math.inf)
+    ranked, sees = logits + bias / attn.scaling, bias.isfinite()
+    sees = sees & sees.any(2).any(1)[:, None, :, None]
+    if scorer == "cls":
+        ranked, sees = ranked[:, :, :1], sees[:, :, :1]
+    scores = ranked.where(sees, 0).sum((1, 2)) / sees.sum((1, 2))
+    scores = scores.where(sees.any(2).any(1), -math.inf)
     kept = scores[:, prefix:].topk(int(keep_ratio * (x.shape[1] - prefix))).indices + prefix
     mask = torch.zeros_like(scores).scatter(1, kept, 1.0)
     mask[:, :prefix] = 1.0
-    weights = (logits * attn.scaling).masked_fill(mask[:, None, None] == 0, -1e5).softmax(-1)
+    weights = (logits * attn.scaling + bias).masked_fill(mask[:, None, None] == 0, -1e5).softmax(-1)
     x = x + mask[..., None] * drop(scales[0](attn.o_proj((weights @ v).transpose(1, 2).flatten(2))))
     return x + mask[..., None] * drop(scales[1](layer.mlp(norms[1](x))))
 
@@ -342,9 +361,108 @@ def test_an_attention_mask_of_ones_is_none() -> None:
     model, image = ik.apply_idle(make("ViT"), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
     mask = torch.ones(2, 17, dtype=torch.int64)
     assert_same(tensors(model(image, attention_mask=mask)), tensors(model(image)), 0)
-    mask[:, -3:] = 0
-    with pytest.raises(ValueError, match="attention_mask must be None: idle tokens need full attention"):
-        model(image, attention_mask=mask)
+    layer, x = next(iter(ik.idle_blocks(model).values())), torch.randn(2, 17, 48)
+    seen = []
+    layer.attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((len(args), kwargs)), with_kwargs=True
+    )
+    wanted = layer(x)
+    for mask in (torch.ones(2, 1, 17, 17, dtype=torch.bool), torch.zeros(1, 1, 17, 17)):
+        assert torch.equal(layer(x, mask), wanted) and torch.equal(layer(x, attention_mask=mask), wanted)
+    assert seen == [(1, {})] * 5, "it reaches nobody"
+
+
+def padded(B: int) -> Tensor:
+    """Masks [B, 17] of a class token and 16 image tokens, of which some are padding."""
+    mask = torch.ones(B, 17, dtype=torch.int64)
+    mask[0, -3:] = mask[-1, 5:9] = 0
+    return mask
+
+
+@pytest.mark.parametrize("scorer", ["cls", "mean"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_attention_mask_is_that_of_the_kept_tokens(attention: str, scorer: str) -> None:
+    limit = 1e-10 if attention == "sdpa" else 1e-6  # transformers' eager softmax is float32
+    dense = make("ViT", attn_implementation=attention).double()
+    image, ratios = torch.randn(3, 3, 64, 64, dtype=torch.float64), ik.idle_schedule(4, 0.6)
+    wanted_model, unmasked = masked_form(dense, ratios, 1, scorer), masked_form(dense, ratios, 1, scorer)
+    wanted = wanted_model(image, attention_mask=padded(3))
+    model = ik.apply_idle(dense, keep_ratio=0.6, scorer=scorer)
+    found = model(image, attention_mask=padded(3))
+    assert_same(tensors(found), tensors(wanted), limit)
+    assert_same(gradients(model, found), gradients(wanted_model, wanted), limit)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)(image, attention_mask=padded(3))
+    assert_same(tensors(compiled), tensors(wanted), limit)
+    with pytest.raises(AssertionError):  # this comparison can fail
+        assert_same(tensors(found), tensors(unmasked(image)), limit)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("kind", ["boolean", "bias"])
+@pytest.mark.parametrize("adapted", [False, True])
+@torch.no_grad()
+def test_any_mask_of_pairs(heads: int, kind: str, adapted: bool) -> None:
+    """In which each query sees other keys; some keys are seen by none."""
+    layer, x = layers_of(make("ViT").double())[0], torch.randn(2, 17, 48, dtype=torch.float64)
+    if adapted:
+        layer.attention.q_proj = Adapted(48, 48, dtype=torch.float64)
+    mask = torch.rand(2, heads, 17, 17) < 0.7
+    mask[..., :2], mask[0, ..., 9:12] = True, False
+    if kind == "bias":
+        mask = torch.randn(2, heads, 17, 17, dtype=torch.float64).masked_fill(~mask, -math.inf)
+    for scorer in ("cls", "mean"):
+        wanted = masked_layer(layer, 0.5, 1, scorer, x, mask)
+        assert_equal(ik.IdleBlock(layer, 0.5, scorer=scorer)(x, mask), wanted, 1e-10, scorer)
+        context = Context(mask=mask)
+        assert_equal(ik.idle_block(x, layer, 8, scorer=scorer, context=context), wanted, 1e-10, "idle_block")
+    whole = ik.IdleBlock(layer, 1.0)(x, attention_mask=mask)
+    assert torch.equal(whole, layer(x, mask)) and torch.equal(whole, ik.idle_block(x, layer, 16, context=context))
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_and_comes_last() -> None:
+    layer, x = layers_of(make("ViT"))[0], torch.randn(2, 17, 48)
+    mask = padded(2).bool()[:, None, None].expand(-1, 1, 17, -1)
+    other = x.where(mask[:, 0, 0, :, None], torch.randn_like(x))
+    for scorer in ("cls", "mean", lambda x, block: x[..., 0], "random"):
+        block = ik.IdleBlock(layer, num_keep=10, scorer=scorer)
+        out = []
+        for tokens in (x, other):
+            torch.manual_seed(0)
+            out.append(block(tokens, mask))
+        real = mask[:, 0, 0]
+        assert torch.equal(out[0][real], out[1][real]), scorer
+        assert torch.equal(out[0][~real], x[~real]), scorer
+
+
+def test_masks_that_fit_nothing() -> None:
+    layer, x = layers_of(make("ViT"))[0], torch.randn(2, 17, 48)
+    with pytest.raises(ValueError, match="IdleBlock: attention_mask must be None or a mask .B, 1, T, T. of pairs"):
+        ik.IdleBlock(layer, 0.5)(x, padded(2))
+    for mask, said in (
+        (torch.rand(2, 1, 17, 16), r"IdleBlock: context.mask must be \[2 or 1, 3 or 1, 17, 17\], got"),
+        (torch.rand(2, 2, 17, 17), r"IdleBlock: context.mask must be \[2 or 1, 3 or 1, 17, 17\], got"),
+        (torch.ones(2, 1, 17, 17, dtype=torch.int64), r"context.mask must be a boolean or float tensor \[B or 1, H or"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            ik.IdleBlock(layer, 0.5)(x, mask)
+    block = timm.models.vision_transformer.Block(48, 3)
+    with pytest.raises(ValueError, match="context must be without a mask, which the block's attention does not take"):
+        ik.idle_block(x, block, 8, context=Context(mask=torch.rand(2, 1, 17, 17)))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention() -> None:
+    """Its masks are functions of two positions."""
+    dense, flex = make("ViT"), make("ViT", attn_implementation="flex_attention")
+    flex.load_state_dict(dense.state_dict())
+    image = torch.randn(2, 3, 64, 64)
+    for model in (dense, flex):
+        ik.apply_idle(model, keep_ratio=0.5)
+    for mask in (None, padded(2)):
+        wanted, found = (model(image, attention_mask=mask).last_hidden_state for model in (dense, flex))
+        assert_equal(found, wanted, 1e-5, "last_hidden_state")
 
 
 @pytest.mark.parametrize("by", ["argument", "configuration"])
@@ -386,6 +504,17 @@ def test_macs() -> None:
     dense = ik.count_macs(model).total
     assert dense == ik.count_macs(ik.apply_idle(model, keep_ratio=1.0), (3, 64, 64)).total
     assert ik.count_macs(ik.apply_idle(ik.remove_idle(model), keep_ratio=0.7)).total < 0.9 * dense
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_torch_export(strict: bool) -> None:
+    """transformers hands its layers a mask there, whose values nobody can look at."""
+    model, image = ik.apply_idle(make("ViT"), keep_ratio=0.5), torch.randn(2, 3, 64, 64)
+    batch = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=8)}}
+    exported = torch.export.export(model, (image,), dynamic_shapes=batch, strict=strict).module()
+    for images in (image, torch.randn(5, 3, 64, 64)):
+        assert_equal(exported(images).last_hidden_state, model(images).last_hidden_state, 1e-5, "last_hidden_state")
 
 
 def test_compile() -> None:

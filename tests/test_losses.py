@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from comparison import assert_equal, assert_equal_gradients
-from test_masked_form import MODELS, make
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vits import MODELS, make
 
 import idlevit_kernels as ik
-from idlevit_kernels.reference.masked_form import masked_form
+from idlevit_kernels.ops.reference.masked_form import masked_form
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("both", "inter", "intra", "none")

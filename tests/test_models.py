@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from comparison import noisy
 from timm.models import vision_transformer
 from timm.models.vision_transformer import (
     ParallelScalingBlock,
@@ -56,14 +57,6 @@ VARIANTS = {
 
 def tiny(**kwargs) -> nn.Module:
     return noisy(timm.create_model("vit_tiny_patch16_224", **(TINY | kwargs)).eval())
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """Fresh weights are so small that a wrong branch would hardly show."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1 if p.dim() == 1 else 0.02)
-    return model
 
 
 def models() -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import idlevit_kernels as ik
-from idlevit_kernels import benchmark
-from idlevit_kernels.cli import app
+from idlevit_kernels.cli import app, bench
 
-peers = benchmark.load_peers()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import peers  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--model", "deit_tiny_patch16_224", "--image-size", "64", "--seconds", "0.1", "--device", "cpu"]
@@ -294,8 +295,7 @@ def test_bench_puts_the_peers_beside_idlevit(tmp_path: Path) -> None:
 
 
 def test_bench_says_where_peers_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "idlevit_kernels" / "benchmark.py"))
-    benchmark.load_peers.cache_clear()
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "idlevit_kernels" / "cli" / "bench.py"))
     result = CliRunner().invoke(app, ["bench", *SMALL, "--peers"])
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()

@@ -7,8 +7,8 @@ import timm
 import torch
 
 import idlevit_kernels as ik
-from idlevit_kernels import roofline
-from idlevit_kernels.roofline import GPUS, Device, Shape, dense_block_steps, idle_block_steps, predict
+from idlevit_kernels.measure import roofline
+from idlevit_kernels.measure.roofline import GPUS, Device, Shape, dense_block_steps, idle_block_steps, predict
 
 SHAPES = [roofline.deit_s(b, stage) for b in (1, 8, 256) for stage in (1, 2, 3)]
 
@@ -44,8 +44,10 @@ def test_bytes_by_hand() -> None:
     assert named(steps, "token_scores").bytes == 80 + 16 + 16 + 40
     assert named(steps, "select_gather_norm").bytes == 40 + 48 + 48 + 48 + 16
     assert named(steps, "gather_add_norm").bytes == 48 + 4 * 48 + 16
-    assert named(steps, "scatter_add").bytes == 48 + 2 * 48 + 32 + 80  # indices, tokens and branch, idle rows; output
-    assert named(idle_block_steps(shape, inplace=True), "scatter_add").bytes == 48 + 3 * 48
+    assert (
+        named(steps, "scatter_add_tokens").bytes == 48 + 2 * 48 + 32 + 80
+    )  # indices, tokens and branch, idle rows; output
+    assert named(idle_block_steps(shape, inplace=True), "scatter_add_tokens_").bytes == 48 + 3 * 48
     assert named(steps, "qkv").bytes == 48 + 2 * (4 * 12 + 12) + 3 * 48
     assert named(steps, "attention").bytes == 4 * 48
     assert named(steps, "cls_direction").bytes == 6 * 16 + 16 + 2 * (2 * 16 + 4)

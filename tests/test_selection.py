@@ -11,7 +11,7 @@ from families import MAKE, SEQUENCES, image_for, make, run
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels.tune import Target, tune_schedule
+from idlevit_kernels.measure.tune import Target, tune_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import csv
 import importlib.util
 import math
@@ -14,43 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_run import small_trainer
 from typer.testing import CliRunner
 
 import idlevit_kernels as ik
 from idlevit_kernels.cli import app
-from idlevit_kernels.train import Options, Trainer, checkpoint
+from idlevit_kernels.train import checkpoint
 from idlevit_kernels.train.checkpoint import CheckpointError
-from idlevit_kernels.train.data import Data, open_data
-from idlevit_kernels.train.engine import NonFiniteLoss, Stopped
+from idlevit_kernels.train.engine import NonFiniteLoss, Stopped, Trainer
 from idlevit_kernels.train.models import digits_vit
-from idlevit_kernels.train.recipe import recipe_for
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# 4 steps in each of 2 epochs, with everything that draws random numbers.
-SMALL = {"epochs": 2, "batch_size": 16, "mixup": 0.8, "cutmix": 1.0, "aug_repeats": 2}
-
-
-def small_data(recipe, train=64, val=20) -> Data:
-    data = open_data(recipe, {}, None)
-    for split, count in ((data.train, train), (data.val, val)):
-        split.images, split.targets = split.images[:count].clone(), split.targets[:count]
-    return data
-
-
-def small_trainer(output=None, checkpoint_steps=None, drop_path=0.3, data=None, **given) -> Trainer:
-    """An idle model with stochastic depth, and its teacher."""
-    recipe = recipe_for(SMALL | given)
-    torch.manual_seed(0)
-    dense = digits_vit().eval()
-    model = copy.deepcopy(dense)
-    for block in model.blocks:
-        for name in ("drop_path1", "drop_path2"):
-            setattr(block, name, __import__("timm").layers.DropPath(drop_path))
-    ik.apply_idle(model, recipe.keep_ratio)
-    options = Options(output=output, checkpoint_steps=checkpoint_steps, log_steps=1)
-    return Trainer(recipe, model, data or small_data(recipe), teacher=dense, options=options)
 
 
 def flat(state, prefix=""):
@@ -120,7 +94,7 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
-from test_train import small_trainer
+from small_run import small_trainer
 trainer = small_trainer(Path({output!r}), checkpoint_steps=2)
 trainer.on_log = lambda row: os.kill(os.getpid(), signal.SIGKILL) if row.step == 7 else None
 trainer.fit()

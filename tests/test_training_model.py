@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import idlevit_kernels as ik
-from idlevit_kernels.backends import token_cut_loss as tiled
 from idlevit_kernels.block.parts import find_parts
+from idlevit_kernels.ops.backends import token_cut_loss as tiled
 
 SMALL = {"img_size": 64, "depth": 4, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 CRITERION = ik.IdleViTLoss(nn.CrossEntropyLoss())

@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 
 import idlevit_kernels as ik
 import idlevit_kernels.models.lvvit
-from idlevit_kernels import tune
 from idlevit_kernels.block import IdleBlock
+from idlevit_kernels.block.latency import BlockInput, slower_than_dense
+from idlevit_kernels.block.timing import Timing
 from idlevit_kernels.cli import app
-from idlevit_kernels.latency import BlockInput, block_inputs, slower_than_dense, steps, token_counts
-from idlevit_kernels.models.vit import blocks
+from idlevit_kernels.measure import tune
+from idlevit_kernels.measure.staircase import steps, token_counts
+from idlevit_kernels.measure.tune import Target, fastest, fill, tune_schedule
+from idlevit_kernels.models.inputs import block_inputs
 from idlevit_kernels.schedule import num_kept, read_schedule
-from idlevit_kernels.timing import Timing
-from idlevit_kernels.tune import Target, fastest, fill, tune_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +158,7 @@ def test_adaptive_leaves_layers_as_they_are_or_dense() -> None:
     model = tiny()
     torch.manual_seed(1)
     ik.apply_idle(adaptive := tiny(), 0.5, adaptive_batch=2)
-    ratios = [block.keep_ratio for block in blocks(adaptive)]
+    ratios = [block.keep_ratio for block in adaptive.blocks]
     assert all(r in (1.0, wanted) for r, wanted in zip(ratios, [1.0, 0.5, 0.25, 0.125], strict=True))
     with torch.no_grad():
         torch.testing.assert_close(adaptive(image), ik.apply_idle(model, schedule=ratios)(image))

@@ -220,6 +220,16 @@ def test_tangents_are_seen() -> None:
     assert not versions.has_tangent(x)
 
 
+@pytest.mark.parametrize(
+    "state", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)], ids=["meta", "autocast"]
+)
+def test_what_onednn_can_does_not_depend_on_the_first_caller(state: Any) -> None:
+    wanted = versions._onednn_reasons()
+    versions._onednn_reasons.cache_clear()
+    with state:
+        assert versions._onednn_reasons() == wanted
+
+
 def test_onednn_equals_pytorch() -> None:
     reasons = versions.onednn_reason(), versions.onednn_pack_reason()
     if any(reasons):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import idlevit_kernels as ik
 from idlevit_kernels.cli import app
 from idlevit_kernels.models import lvvit  # noqa: F401  registers its names with timm
-from idlevit_kernels.visualize import selections
+from idlevit_kernels.models.recording import selections
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .. import ops, versions
-from ..backends import resolve
-from ..errors import refuse_renamed, type_error, value_error
-from ..functional import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
-from ..reference.token_cut_loss import ROW_WEIGHTS
+from .. import versions
+from ..errors import ArgumentTypeError, refuse_renamed, type_error, value_error
+from ..ops import library as ops
+from ..ops.backends import resolve
+from ..ops.checks import IN_PLACE, check_counts, check_integer, check_tensor, check_writable
+from ..ops.reference.token_cut_loss import ROW_WEIGHTS
 from ..schedule import check_ratio, num_kept
 from .chain import NO_TORCHSCRIPT, IdleOutput, all_kept, run, with_indices
 from .context import Context
@@ -91,7 +92,8 @@ def idle_block(
         select: "top" (the K largest scores), or a function of (image tokens [B, N, C], K) that returns the indices of
             those to compute, [B, K] int64 in [0, N).
         context: what belongs to the tokens beside their values: a rotary embedding, of which those of the kept tokens
-            are gathered (then the real, rotated queries and keys score); the grid's size.
+            are gathered (then the real, rotated queries and keys score); the grid's size; for transformers' layers, a
+            mask of pairs of tokens. A token that nothing sees is padding: it counts in N and is kept last.
         inplace: write the result into x. Everything that shares its memory changes; not while gradients are recorded.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
         return_indices: also return the indices of the computed tokens, [B, P + K] int64, ascending.
@@ -142,7 +144,7 @@ def _compute(
                 _check_inplace(op, x, block, context)
             out = _own_forward(block)(x, *args, **named)
             return with_indices(all_kept(x, x.copy_(out) if inplace is True else out, cut), x.shape[1]), False
-        raise TypeError(f"{op}: block must be one that can idle, got {parts}")
+        raise ArgumentTypeError(f"{op}: block must be one that can idle, got {parts}")
     form = parts.form
     if num_prefix_tokens and not form.sequence:
         raise value_error(op, "num_prefix_tokens", "0 for a block whose tokens are a grid's", num_prefix_tokens)
@@ -160,7 +162,8 @@ def _compute(
     elif inplace:
         _check_inplace(op, x, block, context)
     if cut not in (None, "none") and parts.attention.cut_reason:
-        raise TypeError(f"{op}: return_cut must be 'none' or None here: {parts.attention.cut_reason}, got {cut!r}")
+        expected = f"'none' or None here: {parts.attention.cut_reason}"
+        raise ArgumentTypeError(f"{op}: return_cut must be {expected}, got {cut!r}")
     if num_keep == tokens.shape[1] - num_prefix_tokens and not parts.plain:
         args, named = given or ((), form.arguments(context))
         out = _own_forward(block)(x, *args, **named)
@@ -204,7 +207,17 @@ def _check_tokens(op: str, x: Tensor, tokens: Tensor, parts: Parts) -> None:
 
 
 def _check_context(op: str, context: Context, parts: Parts, tokens: Tensor, num_prefix_tokens: int) -> None:
-    rope = context.rope
+    rope, mask = context.rope, context.mask
+    if mask is not None:
+        heads = getattr(parts.attention, "mask_heads", None)
+        if heads is None:
+            raise value_error(op, "context", "without a mask, which the block's attention does not take", mask)
+        B, T = tokens.shape[:2]
+        if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise type_error(op, "context.mask", "a boolean or float tensor [B or 1, H or 1, T, T]", mask)
+        shapes = [(b, h, T, T) for b in (1, B) for h in (1, heads)]
+        if mask.shape not in shapes:
+            raise value_error(op, "context.mask", f"[{B} or 1, {heads} or 1, {T}, {T}]", mask)
     if rope is None:
         return
     unrotated = getattr(parts.attention, "num_prefix_tokens", None)
@@ -233,28 +246,30 @@ def _check_inplace(op: str, x: Tensor, block: nn.Module, context: Context) -> No
 
 
 @functools.cache
-def _mixed(idle: type, kind: type) -> type:
+def _mixed(idle: type, kind: type, form: Form) -> type:
     """A class that is both: the dense block's, so that whoever looks for blocks by their class finds this one, and the
     idle block's. It has the dense class's name, by which device maps and wrap policies know it."""
-    form = form_of_kind(kind)
-    if isinstance(form, str):
-        raise TypeError(f"IdleBlock: block must be one that can idle, got {form}")
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (idle, kind), {**names, "dense_kind": kind, "idle_kind": idle, "form": form})
 
 
 def _rebuild(idle: Any, kind: Any) -> nn.Module:
     """An idle block without attributes, for copy and pickle."""
-    return object.__new__(_mixed(idle, kind))
+    form = form_of_kind(kind)
+    if isinstance(form, str):
+        raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
+    return object.__new__(_mixed(idle, kind, form))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass
 class Idling:
-    """The settings of an idle block: a keep ratio or a count, and how tokens are chosen."""
+    """The settings of an idle block: a keep ratio or a count, and how tokens are chosen; ``layer`` as in
+    ``IdleBlock``."""
 
     keep: int | float
     num_prefix_tokens: int
     selection: Selection
+    layer: int | None = None
 
 
 # What an idle block has of its own; the rest lies on the dense block, too.
@@ -314,7 +329,7 @@ class IdleBlock(nn.Module):
         self.__dict__["_dense"] = (block,)  # in a tuple, so that it is no sub-module
         found = find_parts(self)  # a compiler knows the classes that were met before
         if isinstance(found, str):
-            raise TypeError(f"{op}: block must be one that can idle, got {found}")
+            raise ArgumentTypeError(f"{op}: block must be one that can idle, got {found}")
 
     @staticmethod
     def check(block: Any) -> None:
@@ -323,7 +338,7 @@ class IdleBlock(nn.Module):
             raise type_error("IdleBlock", "block", "dense; take its dense_block() first", block)
         form = find_form(block)
         if isinstance(form, str):
-            raise TypeError(f"IdleBlock: block must be one that can idle, got {form}")
+            raise ArgumentTypeError(f"IdleBlock: block must be one that can idle, got {form}")
 
     # Settings
 
@@ -346,6 +361,15 @@ class IdleBlock(nn.Module):
     def keep(self, keep: int | float) -> None:
         ratio = isinstance(keep, float)
         self._idling.keep = check_ratio("IdleBlock", keep) if ratio else check_count("IdleBlock", keep)  # type: ignore[arg-type]
+
+    @property
+    def layer(self) -> int | None:
+        """Which of its encoder's blocks it is, from 0; None if it was not made by ``apply_idle``."""
+        return self._idling.layer
+
+    @layer.setter
+    def layer(self, layer: int | None) -> None:
+        self._idling.layer = layer
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -447,7 +471,7 @@ class IdleBlock(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__" and not issubclass(value, type(self)):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"IdleBlock: __class__ must become a subclass of {type(self).__name__} as it is, got {value.__name__}:"
                 " the block would silently stop idling. Call remove_idle first."
             )

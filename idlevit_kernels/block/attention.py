@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import describe
-from ..ops import Calls
-from ..reference.layer_norm import accumulate_dtype
+from ..errors import ArgumentTypeError, describe
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls
 from . import scoring
 from .context import Context
 from .linear import Linear, linear
@@ -40,12 +40,36 @@ def heads_together(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(2)
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    softmax: Any = None,
+    drop: Any = None,
+) -> Tensor:
+    """[B, H, n, head_dim] each, keys and values perhaps of others, mask [B or 1, H or 1, n, keys] -> [B, n, C].
+
+    ``softmax`` and ``drop``: modules that somebody watches, or None.
+    """
+    if softmax is None and drop is None:
+        return heads_together(F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale))
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    weights = query * scale @ key.transpose(-2, -1)
+    weights = weights if mask is None else weights + mask
+    weights = weights.softmax(-1) if softmax is None else softmax(weights)
+    weights = torch.dropout(weights, dropout, dropout > 0) if drop is None else drop(weights)
+    return heads_together(weights @ value)
+
+
 def check_branch(module: Any, out: Any, y: Tensor) -> Tensor:
     """What a module returned for y [B, n, C], if it is such a tensor."""
     if isinstance(out, Tensor) and out.shape == y.shape:
         return out
     got = describe(out) if isinstance(out, Tensor) else f"a {type(out).__name__}"
-    raise TypeError(
+    raise ArgumentTypeError(
         f"IdleBlock: {type(module).__name__} must return a tensor like its input, {describe(y)}, got {got}. Was it put"
         " in place after apply_idle?"
     )
@@ -87,6 +111,7 @@ class SelfAttention:
         self.proj = None if proj is None else find_linear(proj, watch)
         self._find_projections(module, watch)
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        self.turns = bool(norms)
         self.linear_keys = self.weight is not None and all(watch.is_a(norm, "Identity") for norm in norms)
         if self.qkv is None:
             self.linear_keys = self.linear_keys and self.separate[1].weight is not None
@@ -138,7 +163,9 @@ class SelfAttention:
             q, k, v = self._apart(*(p(y) for p in self.separate))
         else:
             q, k, v = self._split(self.qkv(y) if self.biases is None else self._biased(y), 3)
-        return *self._turn(q, k, context), v
+        if self.turns or context.rope is not None:
+            q, k = self._turn(q, k, context)
+        return q, k, v
 
     def _apart(self, query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         head_dim = query.shape[2] // self.heads
@@ -176,13 +203,9 @@ class SelfAttention:
             groups = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if self.dropout == 0.0 and self.fused:  # each argument more costs a microsecond
-            out = F.scaled_dot_product_attention(q, k, v)
-        elif self.attn_drop is None:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, scale=self.scale)
+            out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         else:
-            assert self.scale is not None
-            out = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
-        out = out.transpose(1, 2).flatten(2)
+            out = attend(q, k, v, None, self.scale, self.dropout, None, self.attn_drop)
         if self.norm is not None:
             out = self.norm(out)
         if self.gate is not None:
@@ -231,6 +254,7 @@ class SelfAttention:
         if (
             scorer != "cls"
             or context.rope is not None
+            or context.mask is not None
             or not self.linear_keys
             or qkv is None
             or self.biases is not None
@@ -239,12 +263,14 @@ class SelfAttention:
         return None if qkv.weight is None else (qkv.weight, qkv.bias)
 
     def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
-        if context.rope is not None or not self.linear_keys:
+        if context.rope is not None or context.mask is not None or not self.linear_keys:
             return None
         query, key, _ = self.projections()
         return scoring.direction(query, key, self.heads, queries())
 
     def scores(self, normed: Tensor, prepared: Projected | None, scorer: str, context: Context) -> Tensor:
+        if context.mask is not None:
+            return self._masked_scores(normed, prepared, scorer, context.mask)
         if prepared is not None:
             return scoring.from_keys(prepared.q, prepared.k, scorer)
         if context.rope is not None:
@@ -257,6 +283,15 @@ class SelfAttention:
         acc = accumulate_dtype(normed.dtype)
         return (normed.to(acc) * u.to(acc).unsqueeze(1)).sum(2)
 
+    def _masked_scores(self, normed: Tensor, prepared: Projected | None, scorer: str, mask: Tensor) -> Tensor:
+        # What hides keys from one query in all heads alike changes no logit: the direction scores the keys it sees.
+        if prepared is None and scorer == "cls" and mask.dtype == torch.bool and mask.shape[1] == 1:
+            return self.scores(normed, None, scorer, Context.NOTHING).masked_fill(~mask[:, 0, 0], -torch.inf)
+        if prepared is None:
+            q, k = self._apart(*(p.read()(normed) for p in self.projections()[:2]))
+            prepared = Projected(q, k, None)
+        return scoring.from_seen_keys(prepared.q, prepared.k, scorer, mask, self.scale)
+
     def cut(self, prepared: Projected, indices: Tensor, num_prefix_tokens: int, kind: str, calls: Calls) -> Tensor:
         q, k = prepared.q, prepared.k
         if k.shape[1] != q.shape[1]:  # several heads of queries share one of keys
@@ -264,6 +299,37 @@ class SelfAttention:
         assert self.cut_scale is not None
         q, k, scale = heads_together(q), heads_together(k), self.cut_scale / self.heads
         return calls.token_cut_loss(q, k, indices, scale, num_prefix_tokens, kind)[0]
+
+
+class CalledAttention(SelfAttention):
+    """Any attention whose keys are linear in its tokens: called as it is on the kept ones; its projections are read for
+    the scores.
+
+    Args:
+        module: y [B, n, C] -> [B, n, C], or a tuple that begins with it.
+        watch: what reads it.
+        heads: of the queries.
+        projections: one Linear of queries, keys and values (in this order), or three. Others than plain ones are
+            called; then the keys of all tokens are computed.
+        scale: of its logits, which the token cut loss needs; None if there is to be no such loss.
+    """
+
+    written = calls_projections = turns = False
+    biases = q_norm = k_norm = num_prefix_tokens = rotate_half = None
+
+    def __init__(self, module: Any, watch: Watch, heads: int, projections: tuple[Any, ...], scale: float | None = None):
+        self.module = module
+        self.own = watch.is_own(module)
+        self.watched = watch.is_watched(module)
+        self.heads, self.scale, self.cut_scale = heads, scale, scale
+        self.cut_reason = "" if scale else f"the scale of its attention, {type(module).__name__}, is not known"
+        found = tuple(find_linear(projection, watch) for projection in projections)
+        self.qkv, self.separate = (found[0], ()) if len(found) == 1 else (None, found)
+        self.linear_keys = all(projection.weight is not None for projection in found[:2])
+
+    def call(self, y: Tensor, context: Context) -> Tensor:
+        out = self.module(y, **context.arguments())
+        return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
 
 
 _KNOWN = ("Attention", "AttentionRope", "EvaAttention")

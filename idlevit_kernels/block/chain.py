@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import Calls, calls_for, calls_with
-from ..reference.layer_norm import accumulate_dtype
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls, calls_for, calls_with, direct
 from .context import Context
 from .parts import Parts
 from .scoring import Selection
@@ -52,13 +52,13 @@ def run(
     cut: str | None = None,
 ) -> IdleOutput:
     """One block on the tokens x [B, T, C]: K = ``num_keep`` image tokens of each row are computed, the others idle."""
-    calls = calls_for(x, backend)
-    if not calls.direct and torch.jit.is_tracing():
-        raise RuntimeError(NO_TORCHSCRIPT)
     if num_keep == x.shape[1] - num_prefix_tokens:
-        out = _dense(x, parts, context, calls)
+        out = _dense(x, parts, context)
         return all_kept(x, x.copy_(out) if inplace else out, cut)
 
+    calls = calls_for(x, backend)
+    if not calls.direct:
+        _refuse_torchscript()
     measured = cut is not None and cut != "none"
     indices, y, prepared = choose(x, parts, num_keep, num_prefix_tokens, selection, context, measured, calls)
     token_cut = None if cut is None else nothing_cut(x)
@@ -91,15 +91,23 @@ def run(
     return IdleOutput(out, indices, token_cut)
 
 
-def _dense(x: Tensor, parts: Parts, context: Context, calls: Calls) -> Tensor:
+def _dense(x: Tensor, parts: Parts, context: Context) -> Tensor:
     """The block on all tokens: nothing to score, gather or scatter."""
+    ordinary = direct(x)
+    if not ordinary:
+        _refuse_torchscript()
     y = x if parts.norm1 is None else parts.norm1(x)
     y = context.zero_padding(y, None) if context.pads else y
     x = parts.branch1.add(x, parts.attention(y, context), context)
     norm2 = parts.norm2
     y = x if norm2 is None else norm2(x)
-    owned = calls.direct and norm2 is not None and norm2.plain  # nobody else was given x
+    owned = ordinary and norm2 is not None and norm2.plain  # nobody else was given x
     return parts.branch2.add(x, parts.mlp(y), context, owned)
+
+
+def _refuse_torchscript() -> None:
+    if torch.jit.is_tracing():
+        raise RuntimeError(NO_TORCHSCRIPT)
 
 
 def all_kept(x: Tensor, tokens: Tensor, cut: str | None) -> IdleOutput:
@@ -138,13 +146,13 @@ def choose(
     """
     norm, attention, scorer = parts.norm1, parts.attention, selection.scorer
     readable = norm is not None and norm.parameters is not None
-    prepares = measured or (not selection.own and attention.needs_all(context))
-    if norm is not None and norm.parameters is not None and norm.plain and not prepares and not selection.own:
+    if norm is not None and norm.parameters is not None and norm.plain and not measured and not selection.own:
         front = attention.front(scorer, context)
         if front is not None:
             indices, y = calls.cls_select_gather_norm(x, num_keep, num_prefix_tokens, *norm.parameters, *front)
             return indices, y, None
 
+    prepares = measured or (not selection.own and attention.needs_all(context))
     normed = prepared = None
     if prepares or not readable:
         normed = x if norm is None else norm(x)

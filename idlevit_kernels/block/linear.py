@@ -7,43 +7,53 @@ stale. In training, an MLP's GELU is computed again in the backward instead of b
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from .. import ops, versions
-from ..backends import native
+from .. import versions
+from ..ops import library as ops
+from ..ops.backends import native
 
 
-class Linear(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Linear:
     """A projection of the last axis.
 
     Attributes:
         module: what computes it.
         weight, bias: [out, in], [out] or None; the weight is None if the module's formula is not known.
         plain: whether they stand in for the module, which nobody watches.
+        onednn: whether oneDNN may compute it, where a call is one for it; ``onednn_is_faster()``.
     """
 
     module: Any
     weight: Tensor | None
     bias: Tensor | None
     plain: bool
+    onednn: bool = False
 
     def read(self) -> Linear:
         """The same, by its parameters if they can be read, whoever watches the module."""
-        return self._replace(plain=self.weight is not None)
+        return Linear(self.module, self.weight, self.bias, self.weight is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.weight
         if not self.plain or weight is None:
             return self.module(x)
-        if _use_onednn(x, weight):
+        if self.onednn and _use_onednn(x, weight):
             return versions.onednn_linear(x, weight, self.bias)
         return F.linear(x, weight, self.bias)
+
+
+def onednn_is_faster() -> bool:
+    """On this machine, in eager mode: a compiler cannot trace the call."""
+    return not is_compiling() and _onednn_is_faster()
 
 
 @functools.cache
@@ -59,12 +69,10 @@ _MIN_MACS = 2**25
 
 def _use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not is_compiling()  # first: a compiler cannot trace all that follows
-        and x.numel() * weight.shape[0] >= _MIN_MACS
+        x.numel() * weight.shape[0] >= _MIN_MACS
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.is_cpu
-        and _onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -74,14 +82,16 @@ def _use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` through whichever library is faster."""
-    return Linear(None, weight, bias, True)(x)
+    return Linear(None, weight, bias, True, onednn_is_faster())(x)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """``F.gelu(F.linear(x, weight, bias), approximate=approximate)``."""
-    if _use_onednn(x, weight):
-        return versions.onednn_linear(x, weight, bias, approximate)
-    hidden = F.linear(x, weight, bias)
+def linear_gelu(x: Tensor, layer: Linear, approximate: str) -> Tensor:
+    """``F.gelu(layer(x), approximate=approximate)`` of a plain layer."""
+    weight = layer.weight
+    assert weight is not None
+    if layer.onednn and _use_onednn(x, weight):
+        return versions.onednn_linear(x, weight, layer.bias, approximate)
+    hidden = F.linear(x, weight, layer.bias)
     if not torch.is_grad_enabled():  # nobody else holds it
         return torch.ops.aten.gelu_.default(hidden, approximate=approximate)
     return F.gelu(hidden, approximate=approximate)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from .linear import Linear, gelu_linear, linear_gelu, recompute_gelu
 from .parts import Watch, find_linear, find_optional
 
 
-class Mlp(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Mlp:
     """fc2(norm(drop1(act(fc1(y))))), then drop2; where ``gated``, fc1 gives two halves of which one is a gate.
 
     ``approximate`` is that of GELU, None for another activation.
@@ -34,7 +36,7 @@ class Mlp(NamedTuple):
         elif torch.is_grad_enabled() and fc2.plain and fc2.weight is not None and recompute_gelu():
             out = gelu_linear(fc1(y), fc2.weight, fc2.bias, gelu)
         elif fc1.plain and fc1.weight is not None:
-            out = fc2(linear_gelu(y, fc1.weight, fc1.bias, gelu))
+            out = fc2(linear_gelu(y, fc1, gelu))
         else:
             out = fc2(self.act(fc1(y)))
         return out if self.drop2 is None else self.drop2(out)

@@ -7,14 +7,14 @@ parameter, setting (eps, heads, dropout, mode) and hook is what it was. What can
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import itertools
 import operator
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .. import versions
-from ..ops import PLAIN, Calls
+from ..errors import ArgumentTypeError, ArgumentValueError
+from ..ops.backends import native
+from ..ops.library import PLAIN, Calls
 from .context import Context
-from .linear import Linear
+from .linear import Linear, onednn_is_faster
 
 
 def plain_tensor(value: Any) -> bool:
@@ -106,13 +108,12 @@ class Watch:
         self.disturbed = False
         self._recording = not is_compiling()  # a compiled graph has guards of its own
         self._global_hooks = self._recording and bool(versions.any_global_module_hook())
-        self._modules: list[nn.Module] = []
-        self._kinds: dict[type, None] = {}
-        self._hooks: list[Any] = []
-        self._without: dict[str, list[dict[str, Any]]] = {"forward": [], versions.COMPILED: []}
         self._places: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
+        self._hooks: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: dict[type, None] = {}
 
     def value(self, module: Any, name: str, default: Any = None) -> Any:
         """The module's attribute: a setting, a part, a parameter or a buffer."""
@@ -135,10 +136,7 @@ class Watch:
         self._modules.append(module)
         self._kinds[type(module)] = None
         for name in ("forward", versions.COMPILED):
-            if name in module.__dict__:
-                self._remember(module.__dict__, name)
-            else:
-                self._without[name].append(module.__dict__)
+            self._remember(module.__dict__, name)
         self._hooks += [module.__dict__[name] for name in versions.WATCHING_HOOKS if name in module.__dict__]
 
     def visit_kind(self, kind: type) -> None:
@@ -172,34 +170,53 @@ class Watch:
 
     def seal(self) -> None:
         """After the last look."""
-        self._types = list(map(type, self._modules))
-        self._forwards = list(map(_forward, self._kinds))
-        self._full = [hooks for hooks in self._hooks if hooks]
-        self._empty = [hooks for hooks in self._hooks if not hooks]
+        empty, filled = ([hooks for hooks in self._hooks if bool(hooks) is full] for full in (False, True))
+        kinds = [kind for kind in self._kinds for _ in _CALLED]
+        called = [name for _ in self._kinds for name in _CALLED]
+        functions = list(map(getattr, kinds, called))
+        types = list(map(type, self._modules))
+        self._record: Record = (
+            self._places, self._names, self._values, empty, filled, self._modules, types, kinds, called, functions
+        )  # fmt: skip
+        self._unchanged = getattr(native.extension(), "unchanged", unchanged)
 
     def holds(self) -> bool:
-        """Whether all is as it was. It runs in every layer, so there is no loop of Python's."""
-        return (
-            all(map(operator.is_, map(dict.get, self._places, self._names), self._values))
-            and not any(map(dict.__contains__, self._without["forward"], _FORWARD))
-            and not any(map(dict.__contains__, self._without[versions.COMPILED], _COMPILED))
-            and not any(self._empty)
-            and all(self._full)
-            and list(map(type, self._modules)) == self._types
-            and list(map(_forward, self._kinds)) == self._forwards
-            and bool(versions.any_global_module_hook()) == self._global_hooks
-        )
+        """Whether all is as it was."""
+        return self._unchanged(self._record) and bool(versions.any_global_module_hook()) == self._global_hooks
 
 
-_forward = operator.attrgetter("forward", "__call__")
+Record = tuple[
+    list[dict[str, Any]], list[str], list[Any], list[Any], list[Any],
+    list[nn.Module], list[type], list[type], list[str], list[Any],
+]  # fmt: skip
+"""Places, names and values: what stood in which dict, None for what did not; hooks: dicts that were empty, dicts that
+were not; modules and their types; classes, names and functions: which forward and __call__ a class had."""
+
+
+def unchanged(record: Record) -> bool:
+    """Whether all is as the record says. The native extension has the same function, eight times as fast."""
+    places, names, values, empty, filled, modules, types, kinds, called, functions = record
+    return (
+        all(map(operator.is_, map(dict.get, places, names), values))
+        and not any(empty)
+        and all(filled)
+        and all(map(operator.is_, map(type, modules), types))
+        and all(map(operator.is_, map(getattr, kinds, called), functions))
+    )
+
+
+_CALLED = ("forward", "__call__")
 _CALL = nn.Module.__call__  # as it stands here; it may be patched later
-_FORWARD, _COMPILED = itertools.repeat("forward"), itertools.repeat(versions.COMPILED)
 
 
 # What the parts are
 
 
-class Norm(NamedTuple):
+# This and what else is called are no named tuples: the compiler of PyTorch 2.10 cannot call one that holds a module.
+
+
+@dataclasses.dataclass(eq=False)
+class Norm:
     """A norm over channels.
 
     Attributes:
@@ -222,7 +239,7 @@ class Norm(NamedTuple):
 
     def read(self) -> Norm:
         """The same, by its parameters if they can be read, whoever watches the module."""
-        return self._replace(plain=self.parameters is not None)
+        return Norm(self.module, self.parameters, self.parameters is not None, self.casts)
 
 
 def find_norm(module: Any, watch: Watch) -> Norm:
@@ -250,7 +267,7 @@ def find_linear(module: Any, watch: Watch) -> Linear:
     weight, bias = watch.value(module, "weight"), watch.value(module, "bias")
     if weight is None or made_by_a_hook(module) or not (plain_tensor(weight) and plain_tensor(bias)):
         return Linear(module, None, None, False)
-    return Linear(module, weight, bias, not watched)
+    return Linear(module, weight, bias, not watched, onednn_is_faster())
 
 
 def find_optional(module: Any, watch: Watch) -> Any:
@@ -349,7 +366,8 @@ class Attention(Protocol):
         """[out, C] of its first projection; None if its formula is not known."""
 
     def front(self, scorer: str, context: Context) -> tuple[Tensor, Tensor | None] | None:
-        """Weight and bias of one projection of queries, keys and values, if the fused op may score with them."""
+        """Weight and bias of one projection of queries, keys and values, if the fused op may score with them and
+        nothing else is needed of all tokens."""
 
     def direction(self, scorer: str, context: Context, queries: Callable[[], Tensor]) -> Tensor | None:
         """u [B, C], whose dot product with a normalised token scores it; None where keys are not linear in tokens.
@@ -412,33 +430,82 @@ Entered = tuple[Tensor, Context, Callable[[Tensor], Tensor] | None]
 
 
 class Form(Protocol):
-    """How blocks of one kind are read and called; a family of models registers those that it knows."""
+    """How blocks of one kind are read and called. A family of models has one or more; derive from this class to have
+    what is usual: a block that is called with tokens alone.
 
-    blocks: tuple[str, ...]  # the classes, by the names they have in ``versions.CLASSES``
-    sequence: bool  # whether it takes tokens [B, T, C], so that the kept ones make an input, too
-    alone: Context | None  # the context of a call with x alone; None if ``context`` has to be asked
+    Attributes:
+        kinds: the classes of the blocks; those of a library that may not be loaded by the names that they have in
+            ``versions.CLASSES``. Their forward, and that of a subclass that keeps it, is the one that the form knows.
+        sequence: whether a block takes tokens [B, T, C], so that the kept ones make an input, too.
+        alone: the context of a call with x alone; None if ``context`` has to be asked.
+    """
+
+    kinds: tuple[str | type, ...]
+    sequence: bool = True
+    alone: Context | None = Context.NOTHING
 
     def why_unsupported(self, block: Any) -> str | None:
         """Why the block cannot idle, beyond its class and forward; None if it can."""
+        return None
 
-    def parts(self, block: Any, watch: Watch) -> Parts: ...
+    def parts(self, block: Any, watch: Watch) -> Parts:
+        """What the block consists of, every attribute read through the watch."""
+        ...
 
     def context(self, block: Any, *args: Any, **kwargs: Any) -> Context:
         """From what the block is called with after x."""
+        if args or kwargs:
+            got = ", ".join([*(f"a {type(a).__name__}" for a in args), *kwargs])
+            raise ArgumentTypeError(
+                f"IdleBlock: {type(block).__name__} must be called with its tokens alone, got {got} too"
+            )
+        return Context.NOTHING
 
     def arguments(self, context: Context) -> dict[str, Any]:
         """What the block's own forward is called with after x."""
+        return {}
 
-    def enter(self, block: Any, x: Tensor, context: Context) -> Entered: ...
+    def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
+        """The block's input as the chain takes it."""
+        return x, context, None
 
 
-_forms: dict[str, Form] = {}
+# By class, or its name. Of a class that was given, the forward that it had then: its source may be in no file.
+_forms: dict[str | type, Form] = {}
+_forwards: dict[type, Any] = {}
 
 
 def register_form(form: Form) -> None:
-    for name in form.blocks:
-        _forms[name] = form
+    """Raises ValueError if one of its classes has a form already, or a forward that is another's."""
+    for kind in form.kinds:
+        reason = _why_no_kind(kind)
+        if reason:
+            name = kind if isinstance(kind, str) else kind.__name__
+            raise ArgumentValueError(f"register_family: {name} must be {reason}")
+    for kind in form.kinds:
+        _forms[kind] = form
+        if isinstance(kind, type):
+            _forwards[kind] = getattr(kind, "forward", None)
     _form.cache_clear()
+
+
+def _why_no_kind(kind: str | type) -> str | None:
+    if isinstance(kind, str) and kind not in versions.CLASSES:
+        return "a class itself; only those that versions.CLASSES lists go by a name"
+    if kind in _forms or (isinstance(kind, type) and any(_class(k) is kind for k in _forms)):
+        return "a class whose blocks are not known yet, got one that is"
+    if isinstance(kind, type) and "forward" not in vars(kind):
+        return f"the class in which the forward is written, got one that inherits it: name {definer(kind).__name__}"
+    return None
+
+
+def forget_form(form: Form) -> None:
+    for kind in form.kinds:
+        del _forms[kind]
+        if isinstance(kind, type):
+            del _forwards[kind]
+    _form.cache_clear()
+    _known.clear()
 
 
 def dense_kind(block: nn.Module) -> Any:
@@ -455,18 +522,25 @@ def definer(kind: type) -> Any:
 def _form(kind: type, forward: Any) -> Form | str:
     """The form of the blocks of a class; or why there is none."""
     home = definer(kind)
-    name = next((name for name in _forms if find_kind(name) is home), None)
-    if name is None:
+    known = next((k for k in _forms if _class(k) is home), None)
+    if known is None:
         for base in kind.__mro__[1:]:
-            if any(find_kind(known) is base for known in _forms):
+            if any(_class(k) is base for k in _forms):
                 return f"{kind.__name__}, whose forward is not that of {base.__name__}"
         return _REFUSED.get(kind.__name__) or f"{kind.__name__} ({kind.__module__}), whose forward is not known"
-    if not _is_own(kind, forward):
+    if isinstance(known, str):
+        own, changed = _is_own(kind, forward), versions.changed_forward(kind, known)
+    else:
+        own, changed = forward is _forwards[known], ""
+    if not own:
         return f"{kind.__name__}, whose forward was replaced on the class"
-    changed = versions.changed_forward(kind, name)
     if changed:
         return f"{kind.__name__}, whose forward is not the one that is known: {changed}"
-    return _forms[name]
+    return _forms[known]
+
+
+def _class(kind: str | type) -> type | None:
+    return find_kind(kind) if isinstance(kind, str) else kind
 
 
 _POST_NORM = "it normalises after the branch (post-norm), so a kept token's branch input is not normalised"

@@ -10,7 +10,8 @@ q . R_j k_j = sum_f cos(a_jf) (q_f . k_jf) + sin(a_jf) (q_f turned back by 90 de
 alike their sum can be taken first: two directions for each pair of channels of one head then score all tokens.
 
 That holds where a key is a linear function of the normalised token. Where it is not (a norm on queries and keys, a
-projection that is no plain Linear), or each head turns by angles of its own, the real queries and keys are computed.
+projection that is no plain Linear), or each head turns by angles of its own, the real queries and keys are computed;
+under a mask as well, whose mean has other queries for each key.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..errors import Words, type_error, value_error
-from ..reference.layer_norm import accumulate_dtype
+from ..ops import library as ops
+from ..ops.dtypes import accumulate_dtype
+from .context import padding, seen
 from .linear import Linear
 
 SCORERS = ("auto", "cls", "mean", "random")
@@ -113,6 +115,26 @@ def from_keys(q: Tensor, k: Tensor, scorer: str) -> Tensor:
     if query.shape[1] != k.shape[1]:  # several heads of queries share one of keys
         query = query.unflatten(1, (k.shape[1], -1)).sum(2)
     return (query * k.to(acc)).sum((1, 3))
+
+
+def from_seen_keys(q: Tensor, k: Tensor, scorer: str, mask: Tensor, scale: float | None) -> Tensor:
+    """The mean logits, over ``scale``, of the pairs that the mask [B or 1, H or 1, T, T] lets see each other: [B, T],
+    -inf for a key that no query sees. Such a key is padding, whose own queries do not count.
+
+    The mean runs over other queries for each key, so no direction gives it: one product of T^2 C more.
+    """
+    acc = accumulate_dtype(q.dtype)
+    q, k = q.to(acc), k.to(acc)
+    sees = seen(mask)
+    sees = sees & ~padding(sees)[:, None, :, None]
+    if scorer == "cls":
+        q, mask, sees = q[:, :, :1], mask[:, :, :1], sees[:, :, :1]
+    total = (sees.to(acc).mT @ q * k).sum((1, 3))
+    if mask.dtype != torch.bool:
+        bias = mask.to(acc).masked_fill(~sees, 0).sum(2)  # [B or 1, H or 1, T]
+        total = total + bias.expand(-1, q.shape[1], -1).sum(1) / (scale or q.shape[3] ** -0.5)
+    pairs = sees.sum(2).expand(-1, q.shape[1], -1).sum(1)  # [B or 1, T]
+    return (total / pairs).masked_fill(pairs == 0, -torch.inf)
 
 
 def rotary(

@@ -7,17 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..block.context import Context
-from ..block.parts import register_form
-from ..versions import library_class
+from .family import Family, places
 from .vit import PreNormForm, refuse_masks
-
-NAME = "timm Eva (EVA-02, DINOv3, ...)"
 
 
 class EvaForm(PreNormForm):
     """timm's EvaBlock: the pre-norm block with LayerScale as its own parameters and a rotary embedding beside x."""
 
-    blocks: tuple[str, ...] = ("EvaBlock",)
+    kinds = ("EvaBlock",)
 
     def context(  # type: ignore[override]
         self, block: Any, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -29,45 +26,30 @@ class EvaForm(PreNormForm):
         return {"rope": context.rope}
 
 
-register_form(EvaForm())
+class Evas(Family):
+    name = "timm Eva (EVA-02, DINOv3, ...)"
+    forms = (EvaForm(),)
 
+    def find(self, model: nn.Module) -> list[Any]:
+        return places(model, "Eva")
 
-def find(model: Any) -> nn.Module | None:
-    """The Eva in the model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind: Any = library_class("Eva")
-    if kind is None:  # no timm model can exist
-        return None
-    if type(model).__name__ == "FeatureGetterNet":
-        model = model.model
-    return model if isinstance(model, kind) else None
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return list(place.blocks)
 
+    def num_prefix_tokens(self, place: Any) -> int:
+        return place.num_prefix_tokens
 
-def blocks(model: Any) -> list[nn.Module]:
-    return list(model.blocks)
+    def default_scorer(self, place: Any) -> str:
+        """Registers alone are no class token."""
+        return "mean" if place.cls_token is None else "cls"
 
+    def embed(self, place: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
+        x, rope = place._pos_embed(place.patch_embed(images))
+        ropes = rope if getattr(place, "rope_mixed", False) and rope is not None else [rope] * len(place.blocks)
+        return place.norm_pre(x), [{"rope": rope} for rope in ropes]
 
-def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    for i, block in enumerate(blocks):
-        model.blocks[i] = block
-
-
-def num_prefix_tokens(model: Any) -> int:
-    return model.num_prefix_tokens
-
-
-def embed(model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
-    x, rope = model._pos_embed(model.patch_embed(images))
-    ropes = rope if getattr(model, "rope_mixed", False) and rope is not None else [rope] * len(model.blocks)
-    return model.norm_pre(x), [{"rope": rope} for rope in ropes]
-
-
-def head(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
-    features = model.forward_head(model.norm(x), pre_logits=True)
-    return model.head(features), features
-
-
-def default_scorer(model: Any) -> str:
-    """Registers alone are no class token."""
-    return "mean" if model.cls_token is None else "cls"
+    def head(self, place: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
+        features = place.forward_head(place.norm(x), pre_logits=True)
+        return place.head(features), features

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..block.parts import find_kind, own_forward
 from ..versions import changed_forward
-
-
-def put_blocks(stages: Iterable[Any], blocks: Iterable[nn.Module]) -> None:
-    """Replaces the blocks of all stages, which are ModuleLists or Sequentials, in their order."""
-    remaining = iter(blocks)
-    for stage in stages:
-        for i in range(len(stage)):
-            stage[i] = next(remaining)
 
 
 def why_no_attention(attn: Any, name: str) -> str | None:
@@ -41,28 +31,3 @@ def through_hooks(module: nn.Module, formula: Callable[[Tensor], Tensor], y: Ten
     called: Any = object.__new__(stand_in)
     called.__dict__ = module.__dict__
     return called(y)
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    dropout: float,
-    softmax: Any,
-    drop: Any,
-) -> Tensor:
-    """[B, H, K, head_dim] each, mask [B or 1, H, K, keys] -> [B, K, C].
-
-    ``softmax`` and ``drop``: modules that somebody watches, or None.
-    """
-    if softmax is None and drop is None:
-        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-        return out.transpose(1, 2).flatten(2)
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    weights = query * scale @ key.transpose(-2, -1)
-    weights = weights if mask is None else weights + mask
-    weights = weights.softmax(-1) if softmax is None else softmax(weights)
-    weights = torch.dropout(weights, dropout, dropout > 0) if drop is None else drop(weights)
-    return (weights @ value).transpose(1, 2).flatten(2)

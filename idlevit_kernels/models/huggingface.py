@@ -8,44 +8,41 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..block.attention import Projected, SelfAttention, check_branch, heads_apart, heads_together
+from ..block.attention import CalledAttention, Projected, attend, check_branch, heads_apart, heads_together
 from ..block.context import Context
-from ..block.parts import Entered, Parts, Watch, find_branch, find_kind, find_linear, find_norm, register_form
+from ..block.parts import Form, Parts, Watch, find_branch, find_kind, find_norm
 from ..errors import value_error
-from ..ops import Calls
-from ..versions import library_class
-
-NAME = "transformers ViT, DeiT or DINOv2"
+from ..ops.library import Calls, transformed
+from .family import Family, outermost, places
 
 # Class of a layer, and the prefix tokens of its model, registers apart.
 _LAYERS = {"ViTLayer": 1, "DeiTLayer": 2, "Dinov2Layer": 1, "Dinov2WithRegistersLayer": 1}
 
 
-class LayerAttention(SelfAttention):
+class LayerAttention(CalledAttention):
     """The attention of such a layer, called on the kept tokens; its projections are read for the scores."""
 
-    cut_reason = "transformers' attention has none"
-    written = False
-    qkv = biases = q_norm = k_norm = num_prefix_tokens = rotate_half = None
-
     def __init__(self, module: Any, watch: Watch):
-        self.module = module
-        own, watched = watch.is_own(module), watch.is_watched(module)
-        self.heads = watch.value(module, "num_attention_heads")
-        self.separate = tuple(find_linear(_part(module, f"{name}_proj", watch), watch) for name in "qkv")
-        self.linear_keys = self.separate[0].weight is not None and self.separate[1].weight is not None
+        heads = watch.value(module, "num_attention_heads")
+        super().__init__(module, watch, heads, tuple(_part(module, f"{name}_proj", watch) for name in "qkv"))
+        self.cut_reason = "transformers' attention has none"
+        self.mask_heads = heads
         # Where the keys of all tokens had to be computed, those of the kept ones are used again.
         kind = getattr(watch.value(module, "config"), "_attn_implementation", None)
-        self.output = watch.value(module, "o_proj") if own and not watched and kind in ("sdpa", "eager") else None
-        self.calls_projections = self.output is not None
+        self.flex, again = kind == "flex_attention", self.own and not self.watched and kind in ("sdpa", "eager")
+        self.output = watch.value(module, "o_proj") if again else None
+        self.calls_projections = again
         self.scale = watch.value(module, "scaling")
         self.dropout = (watch.value(module, "attention_dropout") or 0.0) if watch.value(module, "training") else 0.0
 
     def call(self, y: Tensor, context: Context) -> Tensor:
-        out = self.module(y)
+        mask: Any = context.mask
+        if mask is not None and self.flex:
+            mask = _block_mask(mask)
+        out = self.module(y) if mask is None else self.module(y, mask)
         return check_branch(self.module, out[0] if isinstance(out, tuple) else out, y)
 
     def among(self, y: Tensor, prepared: Projected, indices: Tensor, context: Context, calls: Calls) -> Tensor:
@@ -53,17 +50,14 @@ class LayerAttention(SelfAttention):
             return self.call(y, context)
         q, k = (calls.gather_tokens(heads_together(t), indices) for t in prepared[:2])
         q, k, v = (heads_apart(t, prepared.q.shape[3]) for t in (q, k, self.separate[2](y)))
-        return self.output(
-            heads_together(F.scaled_dot_product_attention(q, k, v, None, self.dropout, scale=self.scale))
-        )
+        return self.output(attend(q, k, v, context.mask, self.scale, self.dropout))
 
 
-class LayerForm:
+class LayerForm(Form):
     """x + attention(norm(x)), then x + mlp(norm(x)), with the names that transformers gives the parts."""
 
-    blocks: tuple[str, ...] = tuple(_LAYERS)
-    sequence = True
-    alone: Context | None = None
+    kinds = tuple(_LAYERS)
+    alone = None
 
     def why_unsupported(self, layer: Any) -> str | None:
         try:
@@ -84,29 +78,55 @@ class LayerForm:
         branches = [find_branch(watch, drop, scale) for scale in scales]
         return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
 
-    def context(self, block: Any, attention_mask: Tensor | None = None, *_: Any, **kwargs: Any) -> Context:
+    def context(self, block: Any, attention_mask: Any = None, *_: Any, **kwargs: Any) -> Context:
         """``kwargs`` are what a transformers model hands down to all of its layers."""
-        if attention_mask is not None:
-            raise value_error("IdleBlock", "attention_mask", "None: idle tokens need full attention", attention_mask)
         if kwargs.get("output_attentions", block.attention.config.output_attentions):
             expected = "False, or the model dense (remove_idle): what idle tokens attend to does not exist"
             raise value_error("IdleBlock", "output_attentions", expected, True)
-        return Context.NOTHING
+        mask = None if attention_mask is None else _find_mask(attention_mask)
+        return Context.NOTHING if mask is None else Context(mask=mask)
 
     def arguments(self, context: Context) -> dict[str, Any]:
-        return {}
+        return {} if context.mask is None else {"attention_mask": context.mask}
 
-    def enter(self, layer: Any, x: Tensor, context: Context) -> Entered:
-        return x, context, None
+
+def _find_mask(mask: Any) -> Tensor | None:
+    """Which token sees which, [B, 1, T, T]; None if each sees all. Where a compiler or a GPU would have to wait for the
+    values to know that, the mask is taken as it is.
+
+    transformers gives its layers a mask of nothing but True under torch.export, for flex attention, and under a
+    compiler with a PyTorch that is older than its newest.
+    """
+    if hasattr(mask, "mask_mod"):  # a BlockMask
+        from torch.nn.attention.flex_attention import create_mask
+
+        B, H, T, keys = mask.shape
+        mask = create_mask(mask.mask_mod, B, H, T, keys, mask.kv_indices.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        raise value_error("IdleBlock", "attention_mask", "None or a mask [B, 1, T, T] of pairs of tokens", mask)
+    if type(mask) is Tensor and mask.is_cpu and not torch.compiler.is_compiling() and not transformed():
+        nothing = mask.all() if mask.dtype == torch.bool else not mask.any()
+        return None if nothing else mask
+    return mask
+
+
+def _block_mask(mask: Tensor) -> Any:
+    """A boolean mask [B or 1, 1, n, n] as flex attention takes it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    pairs = mask.squeeze(1)  # PyTorch 2.10 has no rule for an index that is a number among tensors
+
+    def sees(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return pairs[image, query, key]
+
+    images, queries, keys = pairs.shape
+    return create_block_mask(sees, images, None, queries, keys, device=mask.device)
 
 
 def _part(layer: Any, name: str, watch: Watch) -> Any:
     """Raises AttributeError if there is none."""
     getattr(layer, name)
     return watch.value(layer, name)
-
-
-register_form(LayerForm())
 
 
 def _kind(layer: Any) -> str:
@@ -118,35 +138,21 @@ def _kind(layer: Any) -> str:
     return ""
 
 
-def _lists_of_layers(module: nn.Module) -> list[str]:
-    children = module.named_children()
-    return [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) and _kind(child[0])]
+class TransformersViTs(Family):
+    """The place is the list of layers."""
 
+    name = "transformers ViT, DeiT or DINOv2"
+    forms = (LayerForm(),)
 
-def find(model: Any) -> nn.Module | None:
-    """The module that holds the list of layers; None if there is none, or more than one."""
-    kind: Any = library_class("PreTrainedModel")
-    if kind is None or not isinstance(model, kind):
-        return None
-    found = [module for module in model.modules() if _lists_of_layers(module)]
-    return found[0] if len(found) == 1 else None
+    def find(self, model: nn.Module) -> list[Any]:
+        def holds(module: nn.Module) -> bool:
+            return isinstance(module, nn.ModuleList) and len(module) > 0 and bool(_kind(module[0]))
 
+        return [place for known in places(model, "PreTrainedModel") for place in outermost(known, holds)]
 
-def blocks(model: Any) -> list[nn.Module]:
-    (name,) = _lists_of_layers(model)
-    return list(getattr(model, name))
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return list(place)
 
-
-def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    (name,) = _lists_of_layers(model)
-    layers = getattr(model, name)
-    for i, block in enumerate(blocks):
-        layers[i] = block
-
-
-def num_prefix_tokens(model: Any) -> int:
-    return _LAYERS[_kind(blocks(model)[0])] + getattr(model.config, "num_register_tokens", 0)
-
-
-def default_scorer(model: Any) -> str:
-    return "cls"
+    def num_prefix_tokens(self, place: Any) -> int:
+        config = getattr(place[0].attention, "config", None)
+        return _LAYERS[_kind(place[0])] + getattr(config, "num_register_tokens", 0)

@@ -26,18 +26,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..block.attention import heads_apart
+from ..block.attention import attend, heads_apart
 from ..block.context import Context
 from ..block.linear import linear
 from ..block.mlp import find_mlp
-from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
-from ..errors import value_error
-from ..ops import Calls
-from ..reference.layer_norm import accumulate_dtype
-from ..versions import library_class
-from .grid import attend, put_blocks, through_hooks, why_no_attention
-
-NAME = "timm SwinTransformer, SwinTransformerV2"
+from ..block.parts import (
+    Entered,
+    Form,
+    Parts,
+    Watch,
+    find_branch,
+    find_kind,
+    find_linear,
+    find_norm,
+    find_optional,
+)
+from ..errors import ArgumentTypeError, value_error
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls
+from .family import Family, outermost, places
+from .grid import through_hooks, why_no_attention
 
 Size = tuple[int, int]
 _OUTSIDE = -100.0  # what timm adds to the logits of tokens of different regions
@@ -130,7 +138,7 @@ class WindowContext(Context):
     indices: Tensor | None = None
 
     @property
-    def pads(self) -> bool:  # type: ignore[override]
+    def pads(self) -> bool:
         return self.windows.image is not None
 
     def take(self, indices: Tensor, num_prefix_tokens: int) -> Context:
@@ -237,7 +245,7 @@ class WindowAttention:
         return windows.own_region((by_image + bias).flatten(0, 1))
 
     def cut(self, *_: Any) -> Tensor:
-        raise TypeError(self.cut_reason)
+        raise ArgumentTypeError(self.cut_reason)
 
     def __call__(self, y: Tensor, context: Any) -> Tensor:
         return self._in_module(y, context, self._attend)
@@ -342,32 +350,24 @@ class CosineWindowAttention(WindowAttention):
         return 1.0
 
 
-class WindowForm:
+class WindowForm(Form):
     """Swin's block on a grid [B, H, W, C]: x + attn(norm1(x)), then x + mlp(norm2(x)), in windows."""
 
-    blocks: tuple[str, ...] = ("SwinTransformerBlock",)
+    kinds: tuple[str | type, ...] = ("SwinTransformerBlock",)
     sequence = False
-    alone: Context | None = None
-    attention_name, attention = "WindowAttention", WindowAttention
+    alone = None
+    attention_name, attention, post_norm = "WindowAttention", WindowAttention, False
 
     def why_unsupported(self, block: Any) -> str | None:
         return why_no_attention(block.attn, self.attention_name)
 
     def parts(self, block: Any, watch: Watch) -> Parts:
-        norm1, norm2 = (find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2"))
-        drops = (watch.value(block, f"drop_path{i}") for i in (1, 2))
-        return self._arrange(block, watch, norm1, norm2, *drops)
-
-    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
+        norms = [find_norm(watch.value(block, name), watch) for name in ("norm1", "norm2")]
+        drops = [watch.value(block, f"drop_path{i}") for i in (1, 2)]
         attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
-        branches = find_branch(watch, drop1), find_branch(watch, drop2)
-        return Parts(norm1, attention, branches[0], norm2, mlp, branches[1], watch, self)
-
-    def context(self, block: Any) -> Context:
-        return Context.NOTHING
-
-    def arguments(self, context: Context) -> dict[str, Any]:
-        return {}
+        before, after = ([None, None], norms) if self.post_norm else (norms, [None, None])
+        branches = [find_branch(watch, drop, norm=norm) for drop, norm in zip(drops, after, strict=True)]
+        return Parts(before[0], attention, branches[0], before[1], mlp, branches[1], watch, self)
 
     def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
         if not isinstance(x, Tensor) or x.dim() != 4:
@@ -379,45 +379,30 @@ class WindowForm:
 class PostNormWindowForm(WindowForm):
     """Swin V2's block: x + norm1(attn(x)), then x + norm2(mlp(x)), in windows."""
 
-    blocks: tuple[str, ...] = ("SwinTransformerV2Block",)
-    attention_name, attention = "WindowAttentionV2", CosineWindowAttention
-
-    def _arrange(self, block: Any, watch: Watch, norm1: Any, norm2: Any, drop1: Any, drop2: Any) -> Parts:
-        attention, mlp = self.attention(watch.value(block, "attn"), watch), find_mlp(watch.value(block, "mlp"), watch)
-        branches = find_branch(watch, drop1, norm=norm1), find_branch(watch, drop2, norm=norm2)
-        return Parts(None, attention, branches[0], None, mlp, branches[1], watch, self)
+    kinds = ("SwinTransformerV2Block",)
+    attention_name, attention, post_norm = "WindowAttentionV2", CosineWindowAttention, True
 
 
-register_form(WindowForm())
-register_form(PostNormWindowForm())
+class SwinTransformers(Family):
+    name = "timm SwinTransformer, SwinTransformerV2"
+    forms = (WindowForm(), PostNormWindowForm())
+
+    def find(self, model: nn.Module) -> list[Any]:
+        """The models; of what ``features_only`` makes of them, a container of stages, the container."""
+        models = tuple(k for k in map(find_kind, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
+
+        def holds(module: nn.Module) -> bool:
+            kept = type(module).__name__ in ("FeatureListNet", "FeatureDictNet") and bool(_stages(module))
+            return kept or isinstance(module, models)
+
+        return outermost(model, holds) if models else []
+
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return [block for stage in _stages(place) for block in stage.blocks]
+
+    def num_prefix_tokens(self, place: Any) -> int:
+        return 0
 
 
-def _stages(model: nn.Module) -> list[Any]:
-    kinds = tuple(k for k in map(library_class, ("SwinTransformerStage", "SwinTransformerV2Stage")) if k is not None)
-    return [m for m in model.modules() if type(m) in kinds]
-
-
-def find(model: Any) -> nn.Module | None:
-    """The model itself if it is a SwinTransformer, of either version, or what ``features_only`` made of one."""
-    kinds: Any = tuple(k for k in map(library_class, ("SwinTransformer", "SwinTransformerV2")) if k is not None)
-    if not kinds:  # no timm model can exist
-        return None
-    if isinstance(model, kinds):
-        return model
-    return model if type(model).__name__ in ("FeatureListNet", "FeatureDictNet") and _stages(model) else None
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for stage in _stages(model) for block in stage.blocks]
-
-
-def set_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    put_blocks([stage.blocks for stage in _stages(model)], blocks)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    return 0
-
-
-def default_scorer(model: nn.Module) -> str:
-    return "mean"
+def _stages(place: nn.Module) -> list[Any]:
+    return places(place, "SwinTransformerStage", "SwinTransformerV2Stage")

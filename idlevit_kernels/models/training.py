@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..block import IdleBlock
-from ..errors import type_error, value_error
-from ..losses import IdleViTOutput
-from ..reference.layer_norm import accumulate_dtype
-from ..reference.token_cut_loss import ROW_WEIGHTS
-from .apply import find_family
+from ..errors import ArgumentTypeError, type_error, value_error
+from ..ops.dtypes import accumulate_dtype
+from ..ops.reference.token_cut_loss import ROW_WEIGHTS
+from .apply import find_encoders
+
+
+class IdleViTOutput(NamedTuple):
+    """What ``IdleViTForTraining`` returns and ``IdleViTLoss`` reads. B images, L idle layers.
+
+    Attributes:
+        logits: [B, classes]; the pair (class head, distillation head) of a distilled model in distilled training.
+        features: what the classifier reads, before it: [B, C]; or, in families that classify from every token,
+            all normalised tokens [B, T, C], of which the loss compares those that the last idle layer kept.
+        token_cut: [L], the token cut loss of each idle layer, float32 (float64 in a float64 model).
+        indices: of each idle layer, the tokens that it computed, [B, n] int64.
+    """
+
+    logits: Tensor | tuple[Tensor, Tensor]
+    features: Tensor
+    token_cut: Tensor
+    indices: tuple[Tensor, ...]
 
 
 class IdleViTForTraining(nn.Module):
@@ -35,37 +51,38 @@ class IdleViTForTraining(nn.Module):
 
     def __init__(self, model: nn.Module, cut: str = "both"):
         super().__init__()
-        family, found = find_family("IdleViTForTraining", model)
-        if not hasattr(family, "embed"):
-            raise TypeError(
-                f"IdleViTForTraining: {family.NAME} has no training form; got {type(model).__name__}."
+        (encoder, *others) = find_encoders("IdleViTForTraining", model)
+        family: Any = encoder.family
+        if not hasattr(family, "embed") or not hasattr(family, "head"):
+            raise ArgumentTypeError(
+                f"IdleViTForTraining: {family.name} has no training form; got {type(model).__name__}."
                 " Train it as the dense model is trained, without the token cut loss."
             )
-        if found is not model:
-            raise type_error("IdleViTForTraining", "model", "a model with its classifier, not features_only", model)
+        if encoder.place is not model or others:
+            expected = "a model with its classifier, not features_only or wrapped in another"
+            raise type_error("IdleViTForTraining", "model", expected, model)
         if cut not in ROW_WEIGHTS:
             raise value_error("IdleViTForTraining", "cut", f"one of {list(ROW_WEIGHTS)}", cut)
         self.model, self.cut = model, cut
-        # Functions, not the module they are in: copy.deepcopy and pickle take those.
-        self._embed, self._blocks, self._head = family.embed, family.blocks, family.head
+        self._family = family
 
     def forward(self, images: Tensor) -> IdleViTOutput:
         model: Any = self.model
-        recompute = model.grad_checkpointing and torch.is_grad_enabled()
+        recompute = getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled()
 
         def run(block: nn.Module, x: Tensor, **kwargs: Any) -> Any:
             return checkpoint(block, x, use_reentrant=False, **kwargs) if recompute else block(x, **kwargs)
 
-        x, arguments = self._embed(model, images)
+        x, arguments = self._family.embed(model, images)
         token_cut, indices = [], []
-        for block, kwargs in zip(self._blocks(model), arguments, strict=True):
+        for block, kwargs in zip(self._family.blocks(model), arguments, strict=True):
             if isinstance(block, IdleBlock) and block.idles:
                 x, kept, cut = run(block, x, return_cut=self.cut, **kwargs)
                 token_cut.append(cut)
                 indices.append(kept)
             else:
                 x = run(block, x, **kwargs)
-        logits, features = self._head(model, x)
+        logits, features = self._family.head(model, x)
         cuts = torch.stack(token_cut) if token_cut else x.new_zeros(0, dtype=accumulate_dtype(x.dtype))
         return IdleViTOutput(logits, features, cuts, tuple(indices))
 

@@ -25,18 +25,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..block import scoring
-from ..block.attention import heads_apart
+from ..block.attention import attend, heads_apart
 from ..block.context import Context
 from ..block.linear import Linear
 from ..block.mlp import find_mlp
-from ..block.parts import Entered, Parts, Watch, find_branch, find_linear, find_norm, find_optional, register_form
-from ..errors import value_error
-from ..ops import Calls
-from ..reference.layer_norm import accumulate_dtype
+from ..block.parts import Entered, Form, Parts, Watch, find_branch, find_linear, find_norm, find_optional
+from ..errors import ArgumentTypeError, value_error
+from ..ops.dtypes import accumulate_dtype
+from ..ops.library import Calls
 from ..versions import library_class
-from .grid import attend, put_blocks, through_hooks, why_no_attention
-
-NAME = "timm Twins-PCPVT"
+from .family import Family, places
+from .grid import through_hooks, why_no_attention
 
 
 class PooledAttention:
@@ -92,7 +91,7 @@ class PooledAttention:
         return shares(self.module, u, normed, prepared, context.grid)
 
     def cut(self, *_: Any) -> Tensor:
-        raise TypeError(self.cut_reason)
+        raise ArgumentTypeError(self.cut_reason)
 
     def __call__(self, y: Tensor, context: Context) -> Tensor:
         pooled = None if self.pool is None else self.prepare(y, context)
@@ -135,12 +134,12 @@ def shares(attn: Any, direction: Tensor, normed: Tensor, pooled: Tensor, size: t
     return F.pad(shares, (0, W - columns * R, 0, H - rows * R)).flatten(1)
 
 
-class PooledForm:
+class PooledForm(Form):
     """Twins' block: x + attn(norm1(x), size), then x + mlp(norm2(x)); x [B, H * W, C]."""
 
-    blocks: tuple[str, ...] = ("TwinsBlock",)
+    kinds = ("TwinsBlock",)
     sequence = False
-    alone: Context | None = None
+    alone = None
 
     def why_unsupported(self, block: Any) -> str | None:
         kind = library_class("LocallyGroupedAttn")
@@ -171,7 +170,7 @@ class PooledForm:
             norm1, attention, branches[0], norm2, find_mlp(watch.value(block, "mlp"), watch), branches[1], watch, self
         )
 
-    def context(self, block: Any, size: tuple[int, int]) -> Context:
+    def context(self, block: Any, size: tuple[int, int]) -> Context:  # type: ignore[override]
         return Context(grid=(int(size[0]), int(size[1])))
 
     def arguments(self, context: Context) -> dict[str, Any]:
@@ -184,30 +183,15 @@ class PooledForm:
         return x, context, None
 
 
-register_form(PooledForm())
+class TwinsTransformers(Family):
+    name = "timm Twins-PCPVT"
+    forms = (PooledForm(),)
 
+    def find(self, model: nn.Module) -> list[Any]:
+        return places(model, "Twins")
 
-def find(model: Any) -> nn.Module | None:
-    """The Twins model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind: Any = library_class("Twins")
-    if kind is None:  # no timm model can exist
-        return None
-    if type(model).__name__ == "FeatureGetterNet":
-        model = model.model
-    return model if isinstance(model, kind) else None
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return [block for stage in place.blocks for block in stage]
 
-
-def blocks(model: Any) -> list[nn.Module]:
-    return [block for stage in model.blocks for block in stage]
-
-
-def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    put_blocks(model.blocks, blocks)
-
-
-def num_prefix_tokens(model: nn.Module) -> int:
-    return 0
-
-
-def default_scorer(model: nn.Module) -> str:
-    return "mean"
+    def num_prefix_tokens(self, place: Any) -> int:
+        return 0

@@ -6,26 +6,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..block.api import IdleSequential, give_back, take_place
+from ..block.api import IdleBlock, IdleSequential, take_place
 from ..block.attention import find_attention, why_no_keys
 from ..block.context import Context
 from ..block.mlp import find_mlp
-from ..block.parts import Entered, Parts, Watch, definer, find_branch, find_kind, find_norm, register_form
+from ..block.parts import Form, Parts, Watch, definer, find_branch, find_kind, find_norm
 from ..errors import value_error
-from ..versions import compiled_in_place, library_class
-
-NAME = "timm VisionTransformer (LV-ViT of this package, too)"
+from ..versions import compiled_in_place
+from .family import Family, places
 
 # Parameters outside any sub-module whose use is known: LayerScale in EVA's blocks.
 _OWN_PARAMETERS = {"gamma_1", "gamma_2"}
 
 
-class PreNormForm:
+class PreNormForm(Form):
     """timm's pre-norm Block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
 
-    blocks: tuple[str, ...] = ("Block",)
-    sequence = True
-    alone: Context | None = Context.NOTHING
+    kinds: tuple[str | type, ...] = ("Block",)
 
     def why_unsupported(self, block: Any) -> str | None:
         name = type(block).__name__
@@ -52,15 +49,11 @@ class PreNormForm:
             self,
         )
 
-    def context(self, block: Any, attn_mask: Tensor | None = None, is_causal: bool = False) -> Context:
+    def context(  # type: ignore[override]
+        self, block: Any, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Context:
         refuse_masks(attn_mask, is_causal)
         return Context.NOTHING
-
-    def arguments(self, context: Context) -> dict[str, Any]:
-        return {}
-
-    def enter(self, block: Any, x: Tensor, context: Context) -> Entered:
-        return x, context, None
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -70,67 +63,49 @@ def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
         raise value_error("IdleBlock", "is_causal", "False: idle tokens need full attention", is_causal)
 
 
-register_form(PreNormForm())
+class VisionTransformers(Family):
+    name = "timm VisionTransformer (LV-ViT of this package, too)"
+    forms = (PreNormForm(),)
 
+    def find(self, model: nn.Module) -> list[Any]:
+        return places(model, "VisionTransformer")
 
-def find(model: Any) -> nn.Module | None:
-    """The VisionTransformer in the model (itself, or what ``features_only`` wraps); None if there is none."""
-    kind: Any = library_class("VisionTransformer")
-    if kind is None:  # no timm model can exist
+    def blocks(self, place: Any) -> list[nn.Module]:
+        return list(place.blocks)
+
+    def set_blocks(self, place: Any, blocks: list[nn.Module]) -> None:
+        present = place.blocks
+        if type(present) is not nn.Sequential or "forward" in present.__dict__ or compiled_in_place(present):
+            super().set_blocks(place, blocks)  # a container of somebody's own goes on to be called
+            return
+        sequence = IdleSequential(*blocks)
+        take_place(sequence, present)
+        place.blocks = sequence
+
+    def num_prefix_tokens(self, place: Any) -> int:
+        return place.num_prefix_tokens
+
+    def default_scorer(self, place: Any) -> str:
+        """Registers alone are no class token."""
+        return "cls" if place.has_class_token else "mean"
+
+    def why_unsupported(self, place: Any) -> str | None:
+        for block in place.blocks:
+            if not isinstance(block, IdleBlock) and definer(type(block.attn)) is not find_kind("Attention"):
+                return f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"
         return None
-    if type(model).__name__ == "FeatureGetterNet":
-        model = model.model
-    return model if isinstance(model, kind) else None
 
+    def embed(self, place: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
+        x = place.norm_pre(place.patch_drop(place._pos_embed(place.patch_embed(images))))
+        return x, [{} for _ in place.blocks]
 
-def blocks(model: Any) -> list[nn.Module]:
-    return list(model.blocks)
-
-
-def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
-    present = model.blocks
-    if type(present) is not nn.Sequential or "forward" in present.__dict__ or compiled_in_place(present):
-        for i, block in enumerate(blocks):  # a container of somebody's own goes on to be called
-            present[i] = block
-        return
-    sequence = IdleSequential(*blocks)
-    take_place(sequence, present)
-    model.blocks = sequence
-
-
-def unset_blocks(model: Any) -> None:
-    """After ``remove_idle`` has put back the blocks."""
-    if isinstance(model.blocks, IdleSequential):
-        model.blocks = give_back(model.blocks, nn.Sequential, ("_dense",))
-
-
-def num_prefix_tokens(model: Any) -> int:
-    return model.num_prefix_tokens
-
-
-def embed(model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """[B, 3, H, W] -> the tokens that enter the first block, [B, T, C], and what else each block is called with."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))), [{} for _ in model.blocks]
-
-
-def head(model: Any, x: Tensor) -> tuple[Any, Tensor]:
-    """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
-    x = model.norm(x)
-    if hasattr(model, "aux_head"):  # LV-ViT classifies from all tokens
-        return model.forward_head(x), x
-    if hasattr(model, "head_dist"):
-        return model.forward_head(x), x[:, 0]
-    features = model.forward_head(x, pre_logits=True)
-    return model.head(features), features
-
-
-def default_scorer(model: Any) -> str:
-    """Registers alone are no class token."""
-    return "cls" if model.has_class_token else "mean"
-
-
-def why_not(block: Any) -> str | None:
-    """Beyond the block's own reasons: why its place in such a model rules idling out."""
-    if definer(type(block.attn)) is not find_kind("Attention"):
-        return f"its attention is {type(block.attn).__name__}, which is not timm's softmax Attention"
-    return None
+    def head(self, place: Any, x: Tensor) -> tuple[Any, Tensor]:
+        """Logits and features, as in ``IdleViTOutput``, from the last block's tokens."""
+        x = place.norm(x)
+        if hasattr(place, "aux_head"):  # LV-ViT classifies from all tokens
+            return place.forward_head(x), x
+        if hasattr(place, "head_dist"):
+            return place.forward_head(x), x[:, 0]
+        features = place.forward_head(x, pre_logits=True)
+        return place.head(features), features

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..errors import value_error
+from ..errors import ArgumentValueError, value_error
 from .checkpoint import isolated_random
 from .distributed import World
 from .recipe import Recipe
@@ -204,8 +204,8 @@ def _create(name: str, **options: Any) -> Any:
 
     try:
         return create_dataset(name, **options)
-    except (AssertionError, ImportError, RuntimeError) as error:
-        raise ValueError(f"train: timm cannot open the data set {name or options['root']}: {error}") from error
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        raise ArgumentValueError(f"train: timm cannot open the data set {name or options['root']}: {error}") from error
 
 
 def _split(root: Path, *names: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from typing import Any
 
@@ -69,4 +70,8 @@ class World:
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():
+            group = dist.group.WORLD
             dist.destroy_process_group()
+            # Not to be freed before the process ends: the destructor of a gloo group joins its threads while this one
+            # holds Python's lock, which one of them may be waiting for (one run in ten hung so with PyTorch 2.10).
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..losses import IdleViTLoss
 from ..models import IdleViTForTraining, idle_blocks
 from . import checkpoint
 from .checkpoint import CheckpointError, isolated_random
 from .data import Batch, Data, UnreadableImage, train_loader, val_loader
 from .distributed import World
+from .losses import IdleViTLoss
 from .recipe import Recipe
 
 log = logging.getLogger(__name__)

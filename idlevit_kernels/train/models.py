@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..benchmark import check_model_name
-from ..errors import value_error
+from ..errors import ArgumentValueError, value_error
 from ..models import load_released
+from ..models.create import check_model_name
+from .data import Digits
 from .recipe import Recipe
 
 
@@ -19,8 +20,6 @@ def digits_vit(num_classes: int = 10) -> nn.Module:
     """
     from timm.layers import LayerNorm2d, PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
-
-    from .data import Digits
 
     class Stem(PatchEmbed):
         def __init__(self, in_chans: int = 3, embed_dim: int = 768, **options: Any):
@@ -64,8 +63,6 @@ def create_model(recipe: Recipe, num_classes: int | None, weights: str | None) -
     else:
         import timm
 
-        from ..models import lvvit  # noqa: F401 registers LV-ViT
-
         check_model_name("train", recipe.model)
         options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
         if recipe.image_size is not None:
@@ -75,7 +72,7 @@ def create_model(recipe: Recipe, num_classes: int | None, weights: str | None) -
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             what = f"{recipe.model} with {'pretrained weights' if weights == 'pretrained' else 'random weights'}"
             hint = " Pass --weights FILE to start from a file." if weights == "pretrained" else ""
-            raise ValueError(f"train: timm cannot make {what}, {options}: {error}.{hint}") from error
+            raise ArgumentValueError(f"train: timm cannot make {what}, {options}: {error}.{hint}") from error
     if weights not in (None, "pretrained"):
         load_released(model, weights)
     return model

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ..tables import console_for
+from ..measure.tables import console_for
 from .checkpoint import write
 from .engine import StepLog
 

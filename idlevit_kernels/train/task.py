@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..benchmark import check_model_name, set_threads
-from ..complexity import count_macs
-from ..errors import value_error
+from ..block.timing import alternate
+from ..errors import ArgumentValueError, value_error
+from ..measure.machine import set_threads
+from ..measure.macs import count_macs
 from ..models import apply_idle
+from ..models.create import check_model_name
 from ..schedule import check_ratio
-from ..timing import alternate
 from . import checkpoint
 from .data import Data, open_data, val_loader
 from .distributed import World
@@ -177,7 +178,7 @@ def some_images(data: Data, count: int) -> list[Tensor]:
     samples = [data.val[i, (i,)] for i in range(0, total, max(1, total // count))][:count]
     unreadable = [name for sample in samples for name in sample.unreadable]
     if unreadable:
-        raise ValueError(f"visualize: {unreadable[0]}; repair it, or name the images to draw")
+        raise ArgumentValueError(f"visualize: {unreadable[0]}; repair it, or name the images to draw")
     return [sample.image for sample in samples]
 
 

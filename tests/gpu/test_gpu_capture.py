@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
-from idlevit_kernels import testing
+from idlevit_kernels.ops import testing
+from idlevit_kernels.ops.backends import named
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +42,7 @@ class Outputs(nn.Module):
 @pytest.mark.parametrize("backend", ["triton", "cuda", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replays_give_what_the_model_gives(backend: str, dtype: torch.dtype) -> None:
-    reasons = ik.backends.module(backend).installed()
+    reasons = named(backend).installed()
     if reasons:
         pytest.skip("; ".join(reasons))
     with ik.use_backend(backend):

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels.backends import cuda
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.ops.backends import CUDA
+from idlevit_kernels.ops.record import RECORDS
+from idlevit_kernels.ops.testing import CASES, DTYPES, LARGE_CASES, Case, check, expected, make_arguments, run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU"),
     pytest.mark.usefixtures("built", "poisoned_memory"),
 ]
-KERNELS = [
-    op for op in OPS if op not in ("cls_direction", "gather_norm_backward", "token_cut_loss", "token_cut_loss_backward")
-]
+OPS = [op.name for op in RECORDS.values() if "cuda" in op.kernels | op.composed]
+KERNELS = [op for op in OPS if "cuda" in RECORDS[op].kernels]
 
 WIDTHS = [
     Case(2, 9, C, 5, dtype=dtype)
@@ -28,7 +28,7 @@ WIDTHS = [
 
 @pytest.fixture
 def built() -> None:
-    reasons = cuda.installed()
+    reasons = CUDA.installed()
     if reasons:
         pytest.skip("; ".join(reasons))
 

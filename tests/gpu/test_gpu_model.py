@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import idlevit_kernels as ik
-from idlevit_kernels import backends, testing
+from idlevit_kernels.ops import backends, testing
 
 DEVICE = "cuda"
 pytestmark = [
@@ -37,7 +37,7 @@ def full_precision() -> Iterator[None]:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend in turn, in use for all ops."""
-    reasons = backends.module(request.param).installed()
+    reasons = backends.named(request.param).installed()
     if reasons:
         pytest.skip("; ".join(reasons))
     with ik.use_backend(request.param):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from idlevit_kernels import timing
+from idlevit_kernels.block import timing
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels import reference, testing
-from idlevit_kernels.testing import CASES, DTYPES, LARGE_CASES, OPS, Case, check, expected, make_arguments, run
+from idlevit_kernels.ops import reference, testing
+from idlevit_kernels.ops.record import RECORDS
+from idlevit_kernels.ops.testing import CASES, DTYPES, LARGE_CASES, Case, check, expected, make_arguments, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,10 +23,9 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory", "full_precision"),
 ]
 
-IN_PLACE = ("scatter_tokens_", "scatter_add_tokens_")
-FORWARD = tuple(op for op in OPS if not op.endswith("_backward"))
-NOT_DIFFERENTIABLE = ("cls_direction", "select_tokens", *IN_PLACE)
-DIFFERENTIABLE = tuple(op for op in FORWARD if op not in NOT_DIFFERENTIABLE)
+OPS = tuple(op.name for op in RECORDS.values() if "triton" in op.kernels | op.composed)
+IN_PLACE = tuple(op for op in OPS if RECORDS[op].in_place)
+DIFFERENTIABLE = tuple(op for op in OPS if RECORDS[op].differentiable)
 REFUSED = "token_cut_loss_backward", torch.float64
 # Enough tokens that a program walks several tiles.
 BATCH = Case(256, 196, 384, 137, dtype=torch.bfloat16)
@@ -196,7 +196,7 @@ def test_tf32_cut_loss() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
-@pytest.mark.parametrize("op", ["gather_tokens", "gather_add_norm", *IN_PLACE])
+@pytest.mark.parametrize("op", ["gather_tokens", "gather_add_norm", "scatter_tokens_", "scatter_add_tokens_"])
 def test_a_wrong_index_acts_as_the_nearest_valid_one(op: str, bad: int) -> None:
     x, indices, *rest = make_arguments(op, Case(1, 9, 8, 3, P=0), device="cuda")
     indices = torch.tensor([[2, 4, bad]], device="cuda")
@@ -215,9 +215,8 @@ def test_float64_gradients_of_the_cut_loss() -> None:
 
 
 def test_auto_chooses_triton() -> None:
-    from idlevit_kernels import backends
-    from idlevit_kernels.backends import module
+    from idlevit_kernels.ops import backends
 
     for op in OPS:
         arguments = make_arguments(op, Case(2, 9, 6, 4), device="cuda")
-        assert backends.kernel(op, "auto", arguments) is getattr(module("triton"), op)
+        assert backends.kernel(op, "auto", arguments) is backends.named("triton").kernel(op)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 import idlevit_kernels as ik
-from idlevit_kernels import testing
-from idlevit_kernels.backends import triton as backend
-from idlevit_kernels.testing import DTYPES, OPS, TOLERANCES, Case, error, expected, make_arguments, run
+from idlevit_kernels.ops import testing
+from idlevit_kernels.ops.backends import triton as backend
+from idlevit_kernels.ops.record import RECORDS
+from idlevit_kernels.ops.testing import DTYPES, TOLERANCES, Case, error, expected, make_arguments, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ROW_MODULES = ("score", "select", "gather", "scatter", "norm_backward")
-IN_PLACE = ("scatter_tokens_", "scatter_add_tokens_")
-NOT_DIFFERENTIABLE = ("cls_direction", "select_tokens", *IN_PLACE)
-DIFFERENTIABLE = tuple(op for op in OPS if op not in NOT_DIFFERENTIABLE and not op.endswith("_backward"))
+OPS = tuple(op.name for op in RECORDS.values() if "triton" in op.kernels | op.composed)
+IN_PLACE = tuple(op for op in OPS if RECORDS[op].in_place)
+DIFFERENTIABLE = tuple(op for op in OPS if RECORDS[op].differentiable)
 SMALL = Case(2, 9, 6, 4, P=2, dtype=torch.float64)
 
 
@@ -70,7 +71,7 @@ def with_grad(op: str, case: Case) -> tuple[Any, ...]:
 
 
 def test_the_kernels_are_interpreted() -> None:
-    assert backend.interpreted() and not backend.installed()
+    assert backend.interpreted() and not backend.TRITON.installed()
 
 
 @pytest.mark.parametrize("case", [case for dtype in DTYPES for case in cases(dtype)], ids=str)

@@ -1,0 +1,1 @@
+"""What serves an idle model: CUDA graphs, other runtimes, pictures."""

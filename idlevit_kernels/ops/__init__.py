@@ -1,0 +1,1 @@
+"""The ops: declared in ``library``, documented and checked in ``functional``, specified in ``reference``."""

@@ -178,6 +178,61 @@ int cpu_scatter_tokens(Problem p, Tokens x, const int64_t* indices, const void* 
                threads);
 }
 
+int cpu_project_tokens(Problem p, int64_t prefix, Tokens x, Norm norm, const void* projection, int64_t d,
+                       void* features, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(projection, p.shape.C * d, "projection");
+    return run(idlevit::cpu::kernels().project_tokens, p, prefix, x, norm, projection, d, features, threads);
+}
+
+int cpu_select_spread(Problem p, int64_t prefix, const void* features, int64_t d, const bool* padding, void* memory,
+                      int64_t* indices, int64_t* groups, void* sizes, int threads) {
+    require(features, p.shape.B * (p.shape.T - prefix) * d, "features");
+    return run(idlevit::cpu::kernels().select_spread, p, prefix, features, d, padding, memory, indices, groups, sizes,
+               threads);
+}
+
+int cpu_assign_tokens(Problem p, int64_t prefix, const void* features, int64_t d, const int64_t* indices,
+                      const bool* padding, void* memory, int64_t* groups, void* sizes, int threads) {
+    require(features, p.shape.B * (p.shape.T - prefix) * d, "features");
+    require(indices, p.shape.B * p.shape.n, "indices");
+    return run(idlevit::cpu::kernels().assign_tokens, p, prefix, features, d, indices, padding, memory, groups, sizes,
+               threads);
+}
+
+int64_t cpu_spread_memory(int dtype, int64_t N, int64_t d) {
+    return idlevit::cpu::kernels().spread_memory(static_cast<DType>(dtype), N, d);
+}
+
+int cpu_gather_mean_norm(Problem p, Tokens x, const int64_t* groups, const void* sizes, Norm norm,
+                         std::int32_t* workspace, void* tokens, void* normed, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(groups, p.shape.B * p.shape.T, "groups");
+    require(sizes, p.shape.B * p.shape.n, "sizes");
+    return run(idlevit::cpu::kernels().gather_mean_norm, p, x, groups, sizes, norm, workspace, tokens, normed, threads);
+}
+
+int cpu_follow_tokens(Problem p, Tokens x, const int64_t* groups, Branch first, Branch second, void* out,
+                      int64_t out_batch, int64_t out_token, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(groups, p.shape.B * p.shape.T, "groups");
+    require(first.data, kept_elements(p.shape), "branch1");
+    require(second.data, kept_elements(p.shape), "branch2");
+    return run(idlevit::cpu::kernels().follow_tokens, p, x, groups, first, second, out, out_batch, out_token, threads);
+}
+
+int cpu_sum_groups(Problem p, Tokens x, const int64_t* groups, std::int32_t* workspace, void* out, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    require(groups, p.shape.B * p.shape.T, "groups");
+    return run(idlevit::cpu::kernels().sum_groups, p, x, groups, workspace, out, threads);
+}
+
+int cpu_expand_groups(Problem p, const void* tokens, const int64_t* groups, void* out, int threads) {
+    require(tokens, kept_elements(p.shape), "tokens");
+    require(groups, p.shape.B * p.shape.T, "groups");
+    return run(idlevit::cpu::kernels().expand_groups, p, tokens, groups, out, threads);
+}
+
 #if defined(IDLEVIT_WITH_CUDA)
 
 // Each returns None, or the message of the error.
@@ -304,6 +359,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_gather_tokens", flat<&cpu_gather_tokens>());
     m.def("cpu_gather_add_norm", flat<&cpu_gather_add_norm>());
     m.def("cpu_scatter_tokens", flat<&cpu_scatter_tokens>());
+    m.def("cpu_project_tokens", flat<&cpu_project_tokens>());
+    m.def("cpu_select_spread", flat<&cpu_select_spread>());
+    m.def("cpu_assign_tokens", flat<&cpu_assign_tokens>());
+    m.def("cpu_gather_mean_norm", flat<&cpu_gather_mean_norm>());
+    m.def("cpu_follow_tokens", flat<&cpu_follow_tokens>());
+    m.def("cpu_sum_groups", flat<&cpu_sum_groups>());
+    m.def("cpu_expand_groups", flat<&cpu_expand_groups>());
+    m.def("cpu_spread_memory", &cpu_spread_memory);
     m.def("cpu_instruction_sets", &cpu_instruction_sets);
     m.def("cpu_instruction_set", [] { return std::string(idlevit::cpu::kernels().name); });
 #if defined(__x86_64__)

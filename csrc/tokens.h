@@ -29,7 +29,8 @@ using acc_t = typename Accumulate<T>::type;
 
 enum class Status : int {
     ok = 0,
-    bad_indices = 1,  // an index is outside [0, T), or the indices of an image are not strictly ascending
+    bad_indices = 1,  // an index is outside [0, T), the indices of an image are not strictly ascending, or a group is
+                      // outside [-1, n)
     bad_dtype = 2,
 };
 
@@ -105,6 +106,44 @@ struct Kernels {
     // strides (out_batch_stride, out_token_stride, 1). Nothing is written when the indices are bad.
     Status (*scatter_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* indices, const void* tokens,
                              Branch branch, void* out, int64_t out_batch_stride, int64_t out_token_stride, int threads);
+
+    // Idle tokens that follow. features: [B, N, d], accumulate type, contiguous, unit vectors; padding: bool [B, N], or
+    // null; groups: int64 [B, T], of each token a place in [0, n) or -1 (follows nobody); sizes: [B, n], accumulate
+    // type. The reference of each says what it computes.
+
+    // features[b, j] = LN(x[b, P + j]) projection, made a unit vector; projection: [C, d], accumulate type.
+    Status (*project_tokens)(DType dtype, Shape shape, int64_t prefix, Tokens x, Norm norm, const void* projection,
+                             int64_t d, void* features, int threads);
+
+    // indices[b] of tokens that differ from one another, and, unless groups is null, what assign_tokens would say of
+    // them. dtype is that of features: f32 or f64. memory: threads * spread_memory bytes, aligned to 64.
+    Status (*select_spread)(DType dtype, Shape shape, int64_t prefix, const void* features, int64_t d,
+                            const bool* padding, void* memory, int64_t* indices, int64_t* groups, void* sizes,
+                            int threads);
+
+    // groups and sizes of the representatives at indices.
+    Status (*assign_tokens)(DType dtype, Shape shape, int64_t prefix, const void* features, int64_t d,
+                            const int64_t* indices, const bool* padding, void* memory, int64_t* groups, void* sizes,
+                            int threads);
+
+    int64_t (*spread_memory)(DType dtype, int64_t N, int64_t d);
+
+    // tokens[b, i] = the sum of group i over sizes[b, i]; normed = LN(tokens); both contiguous [B, n, C].
+    // workspace, here and below: int32 [B, T + n + 1].
+    Status (*gather_mean_norm)(DType dtype, Shape shape, Tokens x, const int64_t* groups, const void* sizes, Norm norm,
+                               std::int32_t* workspace, void* tokens, void* normed, int threads);
+
+    // out[b, t] = x[b, t] + first[b, groups[b, t]] + second[b, groups[b, t]]; may write where x lies.
+    Status (*follow_tokens)(DType dtype, Shape shape, Tokens x, const int64_t* groups, Branch first, Branch second,
+                            void* out, int64_t out_batch_stride, int64_t out_token_stride, int threads);
+
+    // out[b, i] = the sum of group i, contiguous [B, n, C], accumulate type.
+    Status (*sum_groups)(DType dtype, Shape shape, Tokens x, const int64_t* groups, std::int32_t* workspace, void* out,
+                         int threads);
+
+    // out[b, t] = tokens[b, groups[b, t]], zero for -1; both contiguous.
+    Status (*expand_groups)(DType dtype, Shape shape, const void* tokens, const int64_t* groups, void* out,
+                            int threads);
 };
 
 // The best table this processor runs, or the one set_instruction_set chose.

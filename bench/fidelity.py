@@ -37,12 +37,12 @@ from peers.tome import ToMe, merge  # noqa: E402
 from peers.vit import attend, attention, class_attention, gather, mlp, queries_keys_values  # noqa: E402
 
 import idlevit_kernels as ik  # noqa: E402
-from idlevit_kernels.fidelity import Fidelity, Outputs, compare_outputs  # noqa: E402
-from idlevit_kernels.info import device_name, environment  # noqa: E402
-from idlevit_kernels.reference.follow_form import follow_block, weight_projection  # noqa: E402
-from idlevit_kernels.reference.select_spread import EXACT, ROUNDS  # noqa: E402
+from idlevit_kernels.measure.fidelity import Fidelity, Outputs, compare_outputs  # noqa: E402
+from idlevit_kernels.measure.info import device_name, environment  # noqa: E402
+from idlevit_kernels.measure.tables import console_for  # noqa: E402
+from idlevit_kernels.ops.reference.follow_form import follow_block, weight_projection  # noqa: E402
+from idlevit_kernels.ops.reference.select_spread import EXACT, ROUNDS  # noqa: E402
 from idlevit_kernels.schedule import cheapest_within, num_kept, shaped_schedule  # noqa: E402
-from idlevit_kernels.tables import console_for  # noqa: E402
 
 DIMENSIONS, FALLING = 32, 8
 SHOWN = ("cls", "patch", "error", "iou", "cls_nearest", "pooled_nearest", "cls_neighbours", "pooled_neighbours")

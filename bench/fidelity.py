@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +36,7 @@ from peers.vit import attend, attention, class_attention, gather, mlp, queries_k
 
 import idlevit_kernels as ik  # noqa: E402
 from idlevit_kernels.measure.fidelity import Fidelity, Outputs, compare_outputs  # noqa: E402
-from idlevit_kernels.measure.info import device_name, environment  # noqa: E402
+from idlevit_kernels.measure.info import run_facts  # noqa: E402
 from idlevit_kernels.measure.tables import console_for  # noqa: E402
 from idlevit_kernels.ops.reference.follow_form import follow_block, weight_projection  # noqa: E402
 from idlevit_kernels.ops.reference.select_spread import EXACT, ROUNDS  # noqa: E402
@@ -286,15 +284,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.add_row("unrelated image", "", f"{len(pictures)} {name}", *(f"{floors[m]:.3f}" for m in SHOWN))
         console_for(table).print(table)
     if options.json:
-        facts = {
-            "command": shlex.join(["python", "bench/fidelity.py", *(arguments or sys.argv[1:])]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "model": f"{real.MODEL}, weights of {real.SOURCES['saliency-vit'].package}, 224 pixels",
-            "half": options.half,
-            "images": {name: list(pictures.names) for name, pictures in sets.items()},
-            "device_name": device_name(torch.device("cpu")),
-            "environment": environment(),
-        }
+        facts = run_facts(
+            ["python", "bench/fidelity.py", *(arguments or sys.argv[1:])],
+            torch.device("cpu"),
+            model=f"{real.MODEL}, weights of {real.SOURCES['saliency-vit'].package}, 224 pixels",
+            half=options.half,
+            images={name: list(pictures.names) for name, pictures in sets.items()},
+        )
         options.json.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
     return 0
 

@@ -8,10 +8,8 @@ and 12 % at 1,369 tokens.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from idlevit_kernels.block.timing import Timing, alternate
-from idlevit_kernels.measure.info import device_name, environment
+from idlevit_kernels.measure.info import run_facts
 from idlevit_kernels.measure.tables import console_for
 from idlevit_kernels.ops.backends import cpu_follow
 from idlevit_kernels.ops.reference.follow_form import weight_projection
@@ -105,12 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(f"all four{kind}", *(cell(name, total[name]) for name in SHAPES), style="bold")
     console_for(table).print(table)
     if options.json:
+        shapes = {name: dict(zip("BNK", shape, strict=True)) for name, shape in SHAPES.items()}
         result: dict[str, Any] = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "device": device_name(torch.device("cpu")),
-            "environment": environment(),
-            "shapes": {name: dict(zip("BNK", shape, strict=True)) for name, shape in SHAPES.items()},
+            **run_facts(["python", *sys.argv], torch.device("cpu"), shapes=shapes),
             "rows": [
                 {"shape": name, "step": step, "seconds": t.median, "p20": t.p20, "p80": t.p80, "samples": t.n}
                 for name, found in timings.items()

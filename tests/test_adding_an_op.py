@@ -105,12 +105,9 @@ inline Status column_sums(DType dtype, Shape s, Tokens x, void* sums, int thread
 }  // namespace idlevit::cpu::IDLEVIT_ISA
 """
 
-BINDING = """int cpu_column_sums(int dtype, int64_t B, int64_t T, int64_t C, Address x, int64_t x_batch,
-                    int64_t x_token, Address sums, int threads) {
-    py::gil_scoped_release release;
-    return static_cast<int>(idlevit::cpu::kernels().column_sums(
-        static_cast<DType>(dtype), Shape{B, T, 0, C}, Tokens{required(x, B * T * C, "x"), x_batch, x_token}, at(sums),
-        threads));
+BINDING = """int cpu_column_sums(Problem p, Tokens x, void* sums, int threads) {
+    require(x.data, all_elements(p.shape), "x");
+    return run(idlevit::cpu::kernels().column_sums, p, x, sums, threads);
 }
 
 """
@@ -121,7 +118,7 @@ METHOD = """
         (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
         sums = x.new_empty((B, C), dtype=accumulate_dtype(x.dtype))
         dtype = native.DTYPES[x.dtype]
-        failure = self.call("column_sums", x, dtype, B, T, C, at_x, by_image, by_token, sums.data_ptr())
+        failure = self.call("column_sums", x, dtype, B, T, 0, C, at_x, by_image, by_token, sums.data_ptr())
         if failure:
             raise self.error("column_sums", failure, None, T)
         return sums
@@ -213,7 +210,7 @@ class Copy:
         self.insert(
             "csrc/binding.cpp",
             (r"(?=#if defined\(IDLEVIT_WITH_CUDA\))", BINDING),
-            (r"PYBIND11_MODULE\(_C, m\) \{\n", f'    m.def("cpu_{OP}", &cpu_{OP});\n'),
+            (r"PYBIND11_MODULE\(_C, m\) \{\n", f'    m.def("cpu_{OP}", flat<&cpu_{OP}>());\n'),
         )
         self.insert("idlevit_kernels/ops/backends/cpu.py", (r"\n(?=\n    def cls_direction\()", METHOD))
 

@@ -53,9 +53,9 @@ def some_padding(B: int, N: int) -> Tensor:
     return padding
 
 
-@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
+@pytest.fixture(params=[1, 4], ids=["one-thread", "four-threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three threads one or two images are shared by a team."""
+    """With four threads one or two images are shared by a team."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 

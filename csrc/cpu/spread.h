@@ -353,11 +353,12 @@ inline int64_t spread_memory(DType dtype, int64_t N, int64_t d) {
 }
 
 // Runs body(b, crowd, team) for each image: images beside one another where there are enough of them, else all threads
-// on each image in turn; team is a std::bool_constant that says which.
+// on each image in turn; team is a std::bool_constant that says which. A team meets some 25 times an image, each of which
+// may wait for a thread that another process has pushed aside: two or three threads would not gain what that can cost.
 template <typename A, typename Body>
 inline void each_crowd(const Shape& s, int64_t N, int64_t K, int64_t d, void* memory, int threads, Body body) {
     const int64_t bytes = Crowd<A>::bytes(N, d);
-    if (s.B < threads && N * K * d >= 32 * kSerialElements) {
+    if (threads >= 4 && 2 * s.B <= threads && N * K * d >= 32 * kSerialElements) {
         const Crowd<A> crowd(memory, N, d);
 #pragma omp parallel num_threads(threads)
         for (int64_t b = 0; b < s.B; ++b) body(b, crowd, std::true_type{});

@@ -177,7 +177,7 @@ def methods(model: Any, target: float, projections: dict[str, list[Tensor]]) -> 
     ratio = amount_for(target, lambda r: share(stay(r)))
     found["stay (the paper's)"] = (stay(ratio), share(stay(ratio)), f"keep_ratio {ratio:.3f}")
     peers: dict[str, Callable[[float], Any]] = {
-        "ToMe": lambda a: WholeToMe(model, (1 - a) * (N - 1) / depth),
+        "ToMe": lambda a: WholeToMe(model, (1 - a) * 2 * N / depth),
         "EViT": lambda a: WholeEViT(model, a),
         "Evo-ViT": lambda a: WholeEvoViT(model, a),
     }

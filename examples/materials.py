@@ -18,17 +18,17 @@ import numpy as np
 import typer
 from PIL import Image
 from rich.progress import track
-from segmentation import CLASSES, cut, outline
+from segmentation import CLASSES, outline, square
 
 MATERIALS = [name for name, colour in CLASSES.items() if colour is not None]
 
 
 def image(material: str, size: int, train: bool, random: np.random.Generator) -> Image.Image:
     """A photograph with two to four objects of the material, [size, size]."""
-    picture = cut(0, size, train, random)
+    picture = square(0, size, train, random)
     for _ in range(random.integers(2, 5)):
         inside = outline(size, random)
-        picture[inside] = cut(list(CLASSES).index(material), size, train, random)[inside]
+        picture[inside] = square(list(CLASSES).index(material), size, train, random)[inside]
     return Image.fromarray((picture.clip(0, 1) * 255).astype(np.uint8))
 
 

@@ -353,8 +353,9 @@ inline int64_t spread_memory(DType dtype, int64_t N, int64_t d) {
 }
 
 // Runs body(b, crowd, team) for each image: images beside one another where there are enough of them, else all threads
-// on each image in turn; team is a std::bool_constant that says which. A team meets some 25 times an image, each of which
-// may wait for a thread that another process has pushed aside: two or three threads would not gain what that can cost.
+// on each image in turn; team is a std::bool_constant that says which. A team meets some 25 times an image, each of
+// which may wait for a thread that another process has pushed aside: two or three threads would not gain what that can
+// cost.
 template <typename A, typename Body>
 inline void each_crowd(const Shape& s, int64_t N, int64_t K, int64_t d, void* memory, int threads, Body body) {
     const int64_t bytes = Crowd<A>::bytes(N, d);

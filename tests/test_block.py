@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import idlevit_kernels as ik
+from idlevit_kernels.block.attention import attend
 from idlevit_kernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
@@ -419,3 +420,12 @@ def test_compile(name: str) -> None:
     grads = torch.autograd.grad(compiled(x).pow(2).sum(), [x, *idle.parameters()])
     for a, b in zip(grads, torch.autograd.grad(idle(x).pow(2).sum(), [x, *idle.parameters()]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_boolean_mask_means_the_same_to_a_softmax_that_is_called() -> None:
+    q, k, v = torch.randn(3, 2, 2, 5, 4).unbind(0)
+    mask = torch.rand(2, 1, 5, 5) > 0.4
+    mask[..., 0] = True  # every query sees a key
+    wanted = attend(q, k, v, mask)
+    torch.testing.assert_close(attend(q, k, v, mask, softmax=nn.Softmax(-1)), wanted)
+    torch.testing.assert_close(attend(q, k, v, mask, drop=nn.Identity()), wanted)

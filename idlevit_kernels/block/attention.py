@@ -58,7 +58,8 @@ def attend(
         return heads_together(F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale))
     scale = query.shape[3] ** -0.5 if scale is None else scale
     weights = query * scale @ key.transpose(-2, -1)
-    weights = weights if mask is None else weights + mask
+    if mask is not None:
+        weights = weights.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else weights + mask
     weights = weights.softmax(-1) if softmax is None else softmax(weights)
     weights = torch.dropout(weights, dropout, dropout > 0) if drop is None else drop(weights)
     return heads_together(weights @ value)

@@ -32,7 +32,7 @@ _MAX_DIRECTIONS = 64
 _TYPES = {dtype: ((code,), accumulate_dtype(dtype)) for dtype, code in native.DTYPES.items()}
 
 
-def _address(t: Tensor | None) -> int:
+def optional_address(t: Tensor | None) -> int:
     """0 for one that is left out."""
     return 0 if t is None else native.address(t)
 
@@ -79,7 +79,7 @@ class CPUBackend(native.NativeBackend):
         query, direction = x.new_empty((B, width)), x.new_empty((B, C))
         failure = self.call(
             "cls_direction", x, dtype, B, T, 0, C, native.address(x), by_image, by_token, *at_norm, eps, at_weight,
-            _address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
+            optional_address(qkv_bias), width, query.data_ptr(), direction.data_ptr(),
         )  # fmt: skip
         if failure:
             raise self.error("cls_direction", failure, None, T)
@@ -118,7 +118,7 @@ class CPUBackend(native.NativeBackend):
         indices, normed = x.new_empty((B, n), dtype=torch.int64), x.new_empty((B, n, C))
         failure = self.call(
             "cls_select_gather_norm", x, dtype, B, T, n, C, num_prefix_tokens, native.address(x), by_image, by_token,
-            *at_norm, eps, at_weight, _address(qkv_bias), width, workspace.data_ptr(),
+            *at_norm, eps, at_weight, optional_address(qkv_bias), width, workspace.data_ptr(),
             indices.data_ptr(), normed.data_ptr(),
         )  # fmt: skip
         if failure:

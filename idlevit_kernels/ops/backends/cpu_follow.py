@@ -10,12 +10,12 @@ from torch import Tensor
 from ...errors import ArgumentValueError
 from ..dtypes import accumulate_dtype
 from . import native
-from .cpu import extension
+from .cpu import CPU, extension, optional_address
 from .reference import bad_indices
 
 
 def _call(kernel: str, *args: Any) -> int:
-    return getattr(extension(), f"cpu_{kernel}")(*args, torch.get_num_threads())
+    return CPU.kernels[kernel](*args, torch.get_num_threads())
 
 
 def _checked(op: str, status: int, indices: Tensor, num_tokens: int) -> None:
@@ -32,20 +32,8 @@ def _groups_checked(op: str, status: int, num_groups: int) -> None:
         raise RuntimeError(f"{op}: the native kernel refused the call with status {status}")
 
 
-def _parameters(x: Tensor, *tensors: Tensor | None) -> native.Parameters:
-    return native.parameters((native.DTYPES[x.dtype],), x, accumulate_dtype(x.dtype), tensors)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
-
-
 def _dense(t: Tensor, dtype: torch.dtype) -> Tensor:
     return native.dense(t, dtype)[0]
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else native.address(t)
 
 
 def project_tokens(
@@ -56,8 +44,8 @@ def project_tokens(
     projection: Tensor,
     num_prefix_tokens: int,
 ) -> Tensor:
-    x = _channels_last(x)
-    (dtype,), at_norm, _owners = _parameters(x, norm_weight, norm_bias)
+    x = native.rows_of(x)[0]
+    (dtype,), at_norm, _owners = CPU.parameters(x, norm_weight, norm_bias)
     projection = _dense(projection, accumulate_dtype(x.dtype))
     (B, T, C), (by_image, by_token, _), d = x.shape, x.stride(), projection.shape[1]
     features = x.new_empty((B, T - num_prefix_tokens, d), dtype=accumulate_dtype(x.dtype))
@@ -106,7 +94,8 @@ def _spread(
     memory = _memory(features)
     status = _call(
         "select_spread", native.DTYPES[features.dtype], B, T, n, 0, num_prefix_tokens, features.data_ptr(), d,
-        _address(padding), memory.data_ptr(), indices.data_ptr(), _address(groups), _address(sizes),
+        optional_address(padding), memory.data_ptr(), indices.data_ptr(), optional_address(groups),
+        optional_address(sizes),
     )  # fmt: skip
     if status:
         raise RuntimeError(f"select_spread: the native kernel refused the call with status {status}")
@@ -124,7 +113,7 @@ def assign_tokens(
     memory = _memory(features)
     status = _call(
         "assign_tokens", native.DTYPES[features.dtype], B, T, n, 0, num_prefix_tokens, features.data_ptr(), d,
-        indices.data_ptr(), _address(padding), memory.data_ptr(), groups.data_ptr(), sizes.data_ptr(),
+        indices.data_ptr(), optional_address(padding), memory.data_ptr(), groups.data_ptr(), sizes.data_ptr(),
     )  # fmt: skip
     _checked("assign_tokens", status, indices, T)
     return groups, sizes
@@ -138,9 +127,9 @@ def gather_mean_norm(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    x, groups = _channels_last(x), _dense(groups, torch.int64)
+    x, groups = native.rows_of(x)[0], _dense(groups, torch.int64)
     sizes = _dense(sizes, accumulate_dtype(x.dtype))
-    (dtype,), at_norm, _owners = _parameters(x, norm_weight, norm_bias)
+    (dtype,), at_norm, _owners = CPU.parameters(x, norm_weight, norm_bias)
     (B, T, C), (by_image, by_token, _), n = x.shape, x.stride(), sizes.shape[1]
     tokens, normed = x.new_empty((B, n, C)), x.new_empty((B, n, C))
     workspace = x.new_empty(B * (T + n + 1), dtype=torch.int32)
@@ -166,7 +155,7 @@ def _follow(
 ) -> None:
     groups = _dense(groups, torch.int64)
     branch1, branch2 = _dense(branch1, x.dtype), _dense(branch2, x.dtype)
-    (dtype,), (at_gamma1, at_gamma2), _owners = _parameters(x, gamma1, gamma2)
+    (dtype,), (at_gamma1, at_gamma2), _owners = CPU.parameters(x, gamma1, gamma2)
     (B, T, C), (by_image, by_token, _), n = x.shape, x.stride(), branch1.shape[1]
     status = _call(
         "follow_tokens", dtype, B, T, n, C, native.address(x), by_image, by_token, groups.data_ptr(),
@@ -187,7 +176,7 @@ def follow_tokens(
     scale2: float,
 ) -> Tensor:
     out = x.new_empty(x.shape)
-    _follow("follow_tokens", _channels_last(x), groups, branch1, gamma1, scale1, branch2, gamma2, scale2, out)
+    _follow("follow_tokens", native.rows_of(x)[0], groups, branch1, gamma1, scale1, branch2, gamma2, scale2, out)
     return out
 
 
@@ -201,14 +190,14 @@ def follow_tokens_(
     gamma2: Tensor | None,
     scale2: float,
 ) -> None:
-    target = _channels_last(x)
+    target = native.rows_of(x)[0]
     _follow("follow_tokens_", target, groups, branch1, gamma1, scale1, branch2, gamma2, scale2, target)
     if target is not x:
         x.copy_(target)
 
 
 def sum_groups(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    x, groups = _channels_last(x), _dense(groups, torch.int64)
+    x, groups = native.rows_of(x)[0], _dense(groups, torch.int64)
     (B, T, C), (by_image, by_token, _) = x.shape, x.stride()
     out = x.new_empty((B, num_groups, C), dtype=accumulate_dtype(x.dtype))
     workspace = x.new_empty(B * (T + num_groups + 1), dtype=torch.int32)
